@@ -1,0 +1,38 @@
+# make train   sets up .venv, trains configs/tiny.yaml on a CPU in minutes, evaluates it, writes runs/tiny/report.html
+# make test    sets up .venv, checks style and types, runs every test
+# A second call installs nothing; a second `make train` finds the finished run and prints its tables again.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+# Nothing of the caller's own environment takes part.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER
+export PYTHONNOUSERSITE := 1
+
+.PHONY: train test install clean
+.DELETE_ON_ERROR:
+
+train: $(INSTALLED)
+	$(PY) -m mvle.train tiny
+	$(PY) -m mvle.evaluate all runs/tiny
+	$(PY) -m mvle.report runs/tiny
+
+test: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest tests
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 15) else \
+	    "mvle needs Python 3.11 to 3.14; got %d.%d from $(PYTHON). Name another: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	    --no-build-isolation --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

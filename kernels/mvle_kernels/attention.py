@@ -1,0 +1,247 @@
+"""Ragged attention: every query sequence attends to one key sequence, both packed, nothing padded in memory.
+
+Math     for query sequence s with rows Q_s [q, E] and context c = kv_index[s] (default c = s), a head at a time:
+         O_s = softmax(Q_s K_c^T / sqrt(E)) V_c.      A context of length 0 gives zeros.
+Cost     forward 4 * q * k * E FLOPs a head and pair; bytes 2 * E * (2 q + 2 k) a head in bf16. At base (E = 64)
+         197 x 14 and 14 x 197 are bound by bytes, 197 x 197 by neither far: nothing here is long.
+Exact    float32 accumulation (float64 stays float64); deterministic, no float atomics; the tail of the output and of
+         each gradient is zero; a non-finite sequence does not reach another one.
+Limits   E the same for q, k, v; kv_index in 0..S_k - 1.
+Measured not yet measured on a GPU
+
+Many calls of a step share their layouts: `attention_plan` prepares the index tensors once, and each block passes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import Op
+from .layout import equal_length, pad, pad_index, padded_length, unpad
+from .packed import Packed
+from .patches import sum_into
+
+ATTENTION = Op("ragged_attention")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Query sequences start .. stop, handled as one dense batch; `q` and (where keys are cut alike) `k` are their own
+    layouts; `bias` [S, 1, 1, L_k] hides slots past the end of a context, None if there are none."""
+
+    start: int
+    stop: int
+    q: Packed
+    k: Packed | None
+    bias: Tensor | None
+    alive: Tensor | None  # [S, 1, 1, 1]: False where the context is empty; None if no context can be
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What the calls of a step with the same layouts share."""
+
+    q: Packed
+    k: Packed
+    kv_index: Tensor | None
+    segments: tuple[Segment, ...]
+
+
+def segments_of(lengths: Sequence[int] | None, sequences: int) -> list[tuple[int, int]]:
+    """Cut the query sequences where a long run of equal length begins or ends: such a run needs no padding."""
+    if lengths is None or not sequences:
+        return [(0, sequences)]
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for s in range(1, sequences + 1):
+        if s == sequences or lengths[s] != lengths[start]:
+            runs.append((start, s))
+            start = s
+    long = max(4, sequences // 8)
+    merged: list[tuple[int, int]] = []
+    for a, b in runs:
+        short = b - a < long
+        if merged and short and merged[-1][2]:
+            merged[-1] = (merged[-1][0], b, True)
+        else:
+            merged.append((a, b, short))
+    return [(a, b) for a, b, _ in merged]
+
+
+def attention_plan(q: Packed, k: Packed, kv_index: Tensor | None = None) -> AttentionPlan:
+    """Prepare the dense backend's indices for calls whose queries have layout `q` and contexts layout `k`.
+
+    q, k: Packed (rows are not read); kv_index int [S_q] or None. Raises ValueError if S_q and S_k differ without one.
+    """
+    if kv_index is None and q.sequences != k.sequences:
+        raise ValueError(
+            f"without kv_index each query sequence needs its own context; got {q.sequences} query and "
+            f"{k.sequences} key sequences."
+        )
+    apart = kv_index is None and k.lengths is not None and q.lengths is not None
+    device = q.offsets.device
+    cuts = segments_of(q.lengths, q.sequences)
+    whole = len(cuts) == 1
+    segments = []
+    for a, b in cuts:
+        q_part = q if whole else Packed.layout_of((q.lengths or ())[a:b], 1, device)
+        k_part, bias, alive = None, None, None
+        if apart:
+            assert k.lengths is not None
+            k_part = k if whole else Packed.layout_of(k.lengths[a:b], 1, device)
+        keys = k_part if k_part is not None else k
+        if keys.sequences and equal_length(keys) is None and padded_length(keys):
+            valid = pad_index(keys)[1]
+            if k_part is None:
+                valid = valid[a:b] if kv_index is None else valid.index_select(0, kv_index.long()[a:b])
+            filled = valid[:, 0]  # slot 0 is open even in an empty context: softmax stays finite, `alive` hides it
+            valid = torch.cat([torch.ones_like(valid[:, :1]), valid[:, 1:]], 1)
+            bias = torch.zeros(valid.shape, device=device).masked_fill(~valid, -math.inf)[:, None, None]
+            if keys.lengths is None or min(keys.lengths, default=1) == 0:
+                alive = filled[:, None, None, None]
+        segments.append(Segment(a, b, q_part, k_part, bias, alive))
+    return AttentionPlan(q, k, kv_index, tuple(segments))
+
+
+def _zeros_of(q: Tensor) -> Tensor:
+    """Zeros that still belong to the graph (gradient zero), even where q is not finite."""
+    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
+
+
+# ---- reference ------------------------------------------------------------------------------------------------------
+
+
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    compute = torch.promote_types(q.dtype, torch.float32)
+    q_ends, k_ends = plan.q.offsets.tolist(), plan.k.offsets.tolist()
+    which = range(plan.q.sequences) if plan.kv_index is None else plan.kv_index.tolist()
+    outputs = [q[:0]]
+    for s, c in enumerate(which):
+        q_HqE = q[q_ends[s] : q_ends[s + 1]].transpose(0, 1).to(compute)
+        k_HkE = k[k_ends[c] : k_ends[c + 1]].transpose(0, 1).to(compute)
+        v_HkE = v[k_ends[c] : k_ends[c + 1]].transpose(0, 1).to(compute)
+        if k_HkE.shape[1] == 0:
+            outputs.append(_zeros_of(q[q_ends[s] : q_ends[s + 1]]))
+            continue
+        weight = torch.softmax(q_HqE @ k_HkE.transpose(1, 2) / math.sqrt(q.shape[-1]), dim=-1)
+        outputs.append((weight @ v_HkE).transpose(0, 1).to(q.dtype))
+    out = torch.cat(outputs)
+    return torch.cat([out, out.new_zeros(len(q) - len(out), *q.shape[1:])])
+
+
+# ---- dense ----------------------------------------------------------------------------------------------------------
+
+
+class _Take(torch.autograd.Function):
+    """Contexts [S_k, ...] -> [S_q, ...] by kv_index; the backward sums the readers of a context in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, contexts: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.contexts = contexts.shape[0]
+        return contexts.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        total = grad.new_zeros(ctx.contexts, *grad.shape[1:])
+        sum_into(total, index, grad)
+        return total, None
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    if plan.k.total == 0 or padded_length(plan.k) == 0 or plan.q.total == 0:
+        return _zeros_of(q)
+    whole = len(plan.segments) == 1
+    cut = plan.segments[0].k is not None  # keys are cut like the queries
+    if whole:
+        q_parts = [q]
+    else:
+        sizes = [s.q.total for s in plan.segments]
+        q_parts = list(q.split([*sizes, len(q) - sum(sizes)]))
+    if cut:
+        sizes = [s.k.total for s in plan.segments if s.k is not None]
+        k_parts = [k] if whole else list(k.split([*sizes, len(k) - sum(sizes)]))
+        v_parts = [v] if whole else list(v.split([*sizes, len(v) - sum(sizes)]))
+    else:
+        k_all, v_all = pad(k, plan.k), pad(v, plan.k)
+        if plan.kv_index is not None:
+            index = plan.kv_index.long()
+            k_all, v_all = _Take.apply(k_all, index), _Take.apply(v_all, index)
+        sizes = [s.stop - s.start for s in plan.segments]
+        k_parts, v_parts = list(k_all.split(sizes)), list(v_all.split(sizes))
+    outputs = []
+    for part, segment in enumerate(plan.segments):
+        if segment.q.total == 0:
+            continue
+        query = pad(q_parts[part], segment.q)
+        keys, values = k_parts[part], v_parts[part]
+        if segment.k is not None:
+            keys, values = pad(keys, segment.k), pad(values, segment.k)
+        if keys.shape[1] == 0:
+            outputs.append(_zeros_of(q_parts[part]))
+            continue
+        bias = None if segment.bias is None else segment.bias.to(q.dtype)
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), attn_mask=bias
+        )
+        if segment.alive is not None:
+            out = torch.where(segment.alive, out, torch.zeros((), dtype=out.dtype, device=out.device))
+        outputs.append(unpad(out.transpose(1, 2), segment.q))
+    if whole:
+        return outputs[0]
+    rows = sum(len(o) for o in outputs)
+    return torch.cat([*outputs, q.new_zeros(len(q) - rows, *q.shape[1:])])
+
+
+ATTENTION.register("dense", "equal lengths as one batch, ragged ones padded within the call, torch's SDPA")(_dense)
+ATTENTION.register("reference", "one sequence at a time")(_reference)
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
+
+
+def ragged_attention(
+    q_THE: Tensor,
+    k_THE: Tensor,
+    v_THE: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    max_q: int,
+    max_k: int,
+    kv_index: Tensor | None = None,
+    *,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
+    """softmax(Q K^T / sqrt(E)) V for each query sequence against its context; returns [T_q, H, E], its tail zero.
+
+    q [T_q, H, E]; k, v [T_k, H, E] (strided inputs are fine); q_offsets int [S_q + 1], k_offsets int [S_k + 1];
+    max_q, max_k: static caps on the lengths; kv_index int [S_q]: which context each query sequence reads.
+    plan: `attention_plan(...)` of the same layouts, so that calls that share them prepare once.
+    Raises ValueError if shapes or dtypes do not fit.
+    """
+    if q_THE.dim() != 3 or k_THE.shape != v_THE.shape or q_THE.shape[1:] != k_THE.shape[1:]:
+        raise ValueError(
+            "q must be [T_q, H, E] and k, v [T_k, H, E] with the same H and E; got "
+            f"{tuple(q_THE.shape)}, {tuple(k_THE.shape)}, {tuple(v_THE.shape)}."
+        )
+    if not q_THE.dtype == k_THE.dtype == v_THE.dtype:
+        raise ValueError(f"q, k and v must share a dtype; got {q_THE.dtype}, {k_THE.dtype}, {v_THE.dtype}.")
+    if plan is None:
+        queries = Packed(q_THE, q_offsets, None, max_q, len(q_THE))
+        keys = Packed(k_THE, k_offsets, None, max_k, len(k_THE))
+        plan = attention_plan(queries, keys, kv_index)
+    elif plan.q.total != len(q_THE) or plan.k.total != len(k_THE):
+        raise ValueError(
+            f"plan was made for {plan.q.total} query and {plan.k.total} key rows; got {len(q_THE)} and {len(k_THE)}."
+        )
+    return ATTENTION(q_THE, k_THE, v_THE, plan)

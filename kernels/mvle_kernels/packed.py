@@ -1,0 +1,121 @@
+"""Packed: many sequences of different lengths in one buffer, and nothing padded.
+
+`rows` [T, ...] holds sequence s at rows offsets[s] .. offsets[s + 1]. T is offsets[-1] rounded up, so that shapes
+repeat from step to step; the rows of the tail are zero, forward and backward, in every op.
+A layout is a Packed without rows: `Packed.layout_of(...)`, then `layout.with_rows(x)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def round_up(total: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `total`."""
+    return -(-total // multiple) * multiple
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """rows [T, ...] · offsets int32 [S + 1] on the device · lengths on the host, or None where a draw on the device
+    decides them · max_length, a static cap on every length · total = T."""
+
+    rows: Tensor
+    offsets: Tensor
+    lengths: tuple[int, ...] | None
+    max_length: int
+    total: int
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)  # index tensors, made once for one layout
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences: S."""
+        return self.offsets.numel() - 1
+
+    @staticmethod
+    def layout_of(
+        lengths: Sequence[int],
+        row_multiple: int = 1,
+        device: torch.device | str | None = None,
+        max_length: int | None = None,
+    ) -> Packed:
+        """A layout from lengths known on the host; T is their sum rounded up to `row_multiple`."""
+        lengths = tuple(int(n) for n in lengths)
+        longest = max(lengths, default=0)
+        if max_length is None:
+            max_length = longest
+        if longest > max_length:
+            raise ValueError(f"max_length must be at least the longest sequence, {longest}; got {max_length}.")
+        ends = [0, *accumulate(lengths)]
+        offsets = torch.tensor(ends, dtype=torch.int32).to(device or "cpu", non_blocking=True)
+        rows = torch.empty(0, device=offsets.device)
+        return Packed(rows, offsets, lengths, max_length, round_up(ends[-1], row_multiple))
+
+    @staticmethod
+    def of(sequences: Sequence[Tensor], row_multiple: int = 1) -> Packed:
+        """Pack a list of tensors [length, ...] that agree in all but their first size."""
+        if not sequences:
+            raise ValueError("at least one sequence is needed to pack; got none.")
+        layout = Packed.layout_of([len(s) for s in sequences], row_multiple, sequences[0].device)
+        rows = torch.cat(list(sequences))
+        tail = rows.new_zeros(layout.total - len(rows), *rows.shape[1:])
+        return layout.with_rows(torch.cat([rows, tail]))
+
+    def with_rows(self, rows: Tensor) -> Packed:
+        """The same layout around other rows. Raises ValueError if their number is not T."""
+        if rows.shape[0] != self.total:
+            raise ValueError(f"rows must number {self.total} (the layout's total); got {tuple(rows.shape)}.")
+        return replace(self, rows=rows)  # the cache is shared on purpose: it belongs to the layout
+
+    def unpack(self) -> list[Tensor]:
+        """The sequences as a list of tensors. Needs lengths on the host."""
+        if self.lengths is None:
+            raise ValueError("unpack needs lengths on the host; this Packed was drawn on the device.")
+        ends = [0, *accumulate(self.lengths)]
+        return [self.rows[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+
+    def slice(self, start: int, stop: int, row_multiple: int = 1) -> Packed:
+        """Sequences start .. stop as a Packed of their own (a micro-batch). Needs lengths on the host."""
+        return Packed.of(self.unpack()[start:stop], row_multiple)
+
+    def to(self, device: torch.device | str) -> Packed:
+        """A copy on another device (asynchronous from pinned memory)."""
+        move = {"device": device, "non_blocking": True}
+        return replace(self, rows=self.rows.to(**move), offsets=self.offsets.to(**move), cache={})
+
+
+def row_index(layout: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of the T rows: (sequence int64, position in it int64, real bool). Tail rows: sequence S, position 0."""
+    if "row_index" not in layout.cache:
+        rows = torch.arange(layout.total, device=layout.offsets.device)
+        offsets = layout.offsets.long()
+        sequence = torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
+        real = sequence < layout.sequences
+        position = (rows - offsets[sequence.clamp(max=layout.sequences)]) * real
+        layout.cache["row_index"] = (sequence, position, real)
+    return layout.cache["row_index"]
+
+
+def concatenate(parts: Sequence[Packed], row_multiple: int = 1) -> Packed:
+    """Packed buffers end to end as one. Parts with lengths on the host lose their tails; a part without them keeps its
+    capacity, so it may only come last."""
+    if any(p.lengths is None for p in parts[:-1]):
+        raise ValueError("only the last part may have lengths unknown on the host.")
+    sizes = [sum(p.lengths) if p.lengths is not None else p.total for p in parts]
+    total = round_up(sum(sizes), row_multiple)
+    pieces = [p.rows[:n] for p, n in zip(parts, sizes, strict=True)]
+    tail = pieces[0].new_zeros(total - sum(sizes), *pieces[0].shape[1:])
+    starts = [0, *accumulate(sizes)]
+    offsets = [p.offsets[(1 if i else 0) :] + starts[i] for i, p in enumerate(parts)]
+    lengths = None
+    if parts[-1].lengths is not None:
+        lengths = tuple(n for p in parts for n in p.lengths)
+    return Packed(
+        torch.cat([*pieces, tail]), torch.cat(offsets), lengths, max(p.max_length for p in parts), total
+    )

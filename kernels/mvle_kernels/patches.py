@@ -1,0 +1,265 @@
+"""Images to patch rows, and the views of an image that the encoder and the cross encoder read.
+
+patchify      uint8 or float pixels [B, height, width, 3] -> normalised rows [B, N, X], X ordered (row, column, channel)
+embed_views   patch embeddings of all N patches -> one Packed that holds each wanted view of each image
+insert_mask_tokens   class + visible rows (`drop`) -> full-length sequences, a mask token at every masked position
+expand        whole sequences again, in the order an index says (hard negatives)
+
+Cost     all are bound by bytes: each element is read once and written once.
+Exact    gathers with gathers as backward, or sums in a fixed order; bitwise repeatable on a CPU.
+Limits   square patches that divide the image; float32, float64, bfloat16.
+Measured not yet measured on a GPU
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import Op
+from .layout import equal_length, has_tail
+from .packed import Packed, concatenate, row_index
+
+PATCHIFY = Op("patchify")
+EMBED_VIEWS = Op("embed_views")
+EXPAND = Op("expand")
+
+
+# ---- patchify -------------------------------------------------------------------------------------------------------
+
+
+def as_patches(images: Tensor, patch: int) -> Tensor:
+    """[B, height, width, 3] -> a view [B, rows, columns, patch, patch, 3]; no element moves."""
+    B, height, width, channels = images.shape
+    return images.view(B, height // patch, patch, width // patch, patch, channels).transpose(2, 3)
+
+
+@PATCHIFY.register("dense", "one plain torch pass is the fastest on a CPU")
+@PATCHIFY.register("reference", "plain torch")
+def _patchify(
+    images: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    compute = torch.promote_types(dtype, torch.float32)
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=compute, device=images.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=compute, device=images.device)
+    rows = as_patches(images, patch).to(compute) * scale + shift
+    return rows.flatten(3).flatten(1, 2).to(dtype)
+
+
+def patchify(
+    images: Tensor,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """uint8 images [B, height, width, 3] -> (pixel / 255 - mean) / std as rows [B, N, X] of `dtype`.
+
+    X = patch * patch * 3, ordered (row in patch, column in patch, channel); N runs over rows of patches first.
+    Raises ValueError if the image is not uint8 [B, height, width, 3] or its sides are not multiples of `patch`.
+    """
+    check_images(images, patch)
+    return PATCHIFY(images, patch, mean, std, dtype)
+
+
+def check_images(images: Tensor, patch: int) -> None:
+    """Raise ValueError unless images are uint8 [B, height, width, 3] with sides that are multiples of `patch`."""
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"images must be uint8 of shape [B, height, width, 3]; got {images.dtype} {tuple(images.shape)}."
+        )
+    if images.shape[1] % patch or images.shape[2] % patch:
+        raise ValueError(f"image sides must be multiples of the patch, {patch}; got {tuple(images.shape[1:3])}.")
+
+
+# ---- the views of an image ------------------------------------------------------------------------------------------
+
+
+def mask_of(masked: Packed, patches: int) -> Tensor:
+    """Packed masked patch numbers -> bool [B, N], True = masked."""
+    sequence, _, _ = row_index(masked)
+    flags = torch.zeros((masked.sequences + 1) * patches, dtype=torch.bool, device=masked.rows.device)
+    flags[sequence * patches + masked.rows.long()] = True  # tail rows fall into the spare last sequence
+    return flags.view(-1, patches)[:-1]
+
+
+@EMBED_VIEWS.register("dense", "whole views as one batch, dropped patches by one gather")
+def _embed_views_dense(
+    x_BND: Tensor,
+    positions: Tensor,
+    class_token: Tensor,
+    mask_token: Tensor,
+    keep: Packed | None,
+    masked: Packed | None,
+    views: Sequence[str],
+    row_multiple: int,
+) -> Packed:
+    B, N, D = x_BND.shape
+    x_BND = x_BND + positions[1:]
+    first_B1D = (class_token + positions[0]).expand(B, 1, D)
+    device = x_BND.device
+    parts = []
+    for view in views:
+        if view == "drop":
+            assert keep is not None and keep.lengths is not None
+            layout = Packed.layout_of([n + 1 for n in keep.lengths], 1, device, N + 1)
+            sequence, position, _ = row_index(layout)
+            kept = keep.offsets.long()[sequence] + (position - 1).clamp(min=0)
+            patch = keep.rows.long()[kept.clamp(max=max(keep.total - 1, 0))] if keep.total else kept * 0
+            column = torch.where(position == 0, 0, patch + 1)
+            whole = torch.cat([first_B1D, x_BND], 1).flatten(0, 1)
+            parts.append(layout.with_rows(whole.index_select(0, sequence * (N + 1) + column)))
+            continue
+        rows = x_BND
+        if view == "replace":
+            assert masked is not None
+            rows = torch.where(mask_of(masked, N)[..., None], mask_token + positions[1:], x_BND)
+        layout = Packed.layout_of([N + 1] * B, 1, device)
+        parts.append(layout.with_rows(torch.cat([first_B1D, rows], 1).flatten(0, 1)))
+    return concatenate(parts, row_multiple)
+
+
+@EMBED_VIEWS.register("reference", "one sequence at a time")
+def _embed_views_reference(
+    x_BND: Tensor,
+    positions: Tensor,
+    class_token: Tensor,
+    mask_token: Tensor,
+    keep: Packed | None,
+    masked: Packed | None,
+    views: Sequence[str],
+    row_multiple: int,
+) -> Packed:
+    sequences = []
+    for view in views:
+        for b in range(len(x_BND)):
+            rows = list(x_BND[b])
+            if view == "replace":
+                assert masked is not None
+                for n in masked.unpack()[b].tolist():
+                    rows[n] = mask_token
+            chosen = range(len(rows))
+            if view == "drop":
+                assert keep is not None
+                chosen = keep.unpack()[b].tolist()
+            sequences.append(
+                torch.stack([class_token + positions[0]] + [rows[n] + positions[n + 1] for n in chosen])
+            )
+    return Packed.of(sequences, row_multiple)
+
+
+def embed_views(
+    x_BND: Tensor,
+    positions: Tensor,
+    class_token: Tensor,
+    mask_token: Tensor,
+    keep: Packed | None,
+    masked: Packed | None,
+    views: Sequence[str],
+    row_multiple: int = 1,
+) -> Packed:
+    """Patch embeddings x [B, N, D] -> Packed: for each view in order, for each image: class token, then its patches.
+
+    views: "clean" (all N), "replace" (all N, masked ones become mask_token [D]) or "drop" (the kept ones only).
+    positions [N + 1, D], row 0 for the class token [D], are added last. keep, masked: Packed int32 as
+    `sample_patch_mask` gives them; None where no view needs them. Raises ValueError for an unknown view or a missing
+    mask.
+    """
+    for view in views:
+        needs = {"clean": True, "replace": masked is not None, "drop": keep is not None}
+        if not needs.get(view, False):
+            raise ValueError(f"views must be clean, replace (needs masked) or drop (needs keep); got {view!r}.")
+    return EMBED_VIEWS(x_BND, positions, class_token, mask_token, keep, masked, views, row_multiple)
+
+
+def insert_mask_tokens(
+    rows: Packed, masked: Packed, mask_token: Tensor, positions: Tensor, row_multiple: int = 1
+) -> Packed:
+    """Sequences of class + visible patches -> full length N + 1, each masked patch n becoming mask_token +
+    positions[n + 1]. rows Packed [T, D]; masked Packed int32; mask_token [D]; positions [N + 1, D]."""
+    N = positions.shape[0] - 1
+    masked_BN = mask_of(masked, N)
+    B = len(masked_BN)
+    rank = torch.cumsum(~masked_BN, 1) * ~masked_BN  # 1-based place among the visible; 0 (the class row) if masked
+    index = rows.offsets.long()[:-1, None] + torch.cat([rank.new_zeros(B, 1), rank], 1)
+    whole = rows.rows.index_select(0, index.flatten()).unflatten(0, (B, N + 1))
+    covered = torch.cat([masked_BN.new_zeros(B, 1), masked_BN], 1)
+    whole = torch.where(covered[..., None], mask_token + positions, whole)
+    layout = Packed.layout_of([N + 1] * B, row_multiple, whole.device)
+    tail = whole.new_zeros(layout.total - B * (N + 1), whole.shape[-1])
+    return layout.with_rows(torch.cat([whole.flatten(0, 1), tail]))
+
+
+# ---- expand ---------------------------------------------------------------------------------------------------------
+
+
+def expand_layout(layout: Packed, index: Tensor, capacity: int | None = None, row_multiple: int = 1) -> Packed:
+    """The layout of `expand`. Where all sequences have one length the host knows the result; else lengths are None and
+    T is `capacity` (default: as if every sequence had max_length) rounded up."""
+    if (length := equal_length(layout)) is not None:
+        return Packed.layout_of([length] * index.numel(), row_multiple, index.device, layout.max_length)
+    ends = layout.offsets.long()
+    lengths = (ends[1:] - ends[:-1])[index.long()]
+    offsets = torch.cat([lengths.new_zeros(1), torch.cumsum(lengths, 0)]).to(torch.int32)
+    total = index.numel() * layout.max_length if capacity is None else capacity
+    return Packed(layout.rows[:0], offsets, None, layout.max_length, -(-total // row_multiple) * row_multiple)
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, source: Packed, target: Packed) -> Tensor:
+        sequence, position, real = row_index(target)
+        which = index.long()[sequence.clamp(max=index.numel() - 1)]
+        ctx.rows = (source.offsets.long()[which] + position) * real
+        ctx.target, ctx.shape, ctx.real = target, rows.shape, real
+        ctx.length = equal_length(source)
+        ctx.index = index
+        out = rows.index_select(0, ctx.rows)
+        return out * real[:, None] if has_tail(target) else out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        total = grad.new_zeros(ctx.shape)
+        if ctx.length is not None:  # whole sequences at a time: long slices
+            copies = ctx.index.numel()
+            grad = grad[: copies * ctx.length].reshape(copies, -1)
+            whole = total[: (len(total) // ctx.length) * ctx.length].view(-1, grad.shape[1])
+            sum_into(whole, ctx.index.long(), grad)
+        else:
+            sum_into(total, ctx.rows, grad * ctx.real[:, None] if has_tail(ctx.target) else grad)
+        return total, None, None, None
+
+
+def sum_into(total: Tensor, index: Tensor, values: Tensor) -> None:
+    """total[index[i]] += values[i], in a fixed order: serial on a CPU, sorted on a GPU (no float atomics)."""
+    if total.is_cuda:
+        total.index_put_((index,), values, accumulate=True)
+    else:
+        total.index_add_(0, index, values)
+
+
+@EXPAND.register("dense", "one gather; its backward sums whole sequences in order")
+def _expand_dense(rows: Packed, index: Tensor, layout: Packed) -> Packed:
+    if index.numel() == 0 or rows.total == 0:
+        return layout.with_rows(rows.rows.new_zeros(layout.total, *rows.rows.shape[1:]))
+    return layout.with_rows(_Expand.apply(rows.rows, index, rows, layout))
+
+
+@EXPAND.register("reference", "one sequence at a time")
+def _expand_reference(rows: Packed, index: Tensor, layout: Packed) -> Packed:
+    ends = rows.offsets.tolist()
+    sequences = [rows.rows[ends[i] : ends[i + 1]] for i in index.tolist()]
+    out = torch.cat([*sequences, rows.rows[:0]])
+    return layout.with_rows(torch.cat([out, out.new_zeros(layout.total - len(out), *out.shape[1:])]))
+
+
+def expand(rows: Packed, index: Tensor, layout: Packed | None = None) -> Packed:
+    """Sequence index[s] of `rows` again as sequence s of the result; the backward sums copies in a fixed order.
+
+    rows Packed [T, D]; index int32 or int64 [S']; layout: what `expand_layout` gave, if made before. With a layout
+    whose capacity is smaller than the sequences drawn, rows would be lost: choose the capacity as a bound.
+    """
+    return EXPAND(rows, index, layout if layout is not None else expand_layout(rows, index))

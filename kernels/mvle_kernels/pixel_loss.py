@@ -1,0 +1,101 @@
+"""The loss of rebuilt pixels, on masked patches only, straight from the uint8 image.
+
+Math     target = (pixel / 255 - mean) / std of the patch that a row names (with per_patch: minus the patch's own mean,
+         over sqrt(unbiased variance + 1e-6), as MAE defines it); d = prediction - target;
+         l1: sum |d|      mse: sum d^2      l1+mse: their sum.
+Cost     R rows of X values: reads the prediction and X bytes of image a row, writes one number; bound by bytes.
+Exact    float32 accumulation (float64 stays float64); rows that name no patch (-1) count nothing and get zero gradient.
+Limits   patches that divide the image.
+Measured not yet measured on a GPU
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import Op
+from .patches import as_patches, check_images, patchify
+
+PIXEL_LOSS = Op("masked_pixel_loss")
+KINDS = ("l1", "mse", "l1+mse")
+
+
+def _distance(prediction: Tensor, target: Tensor, real: Tensor, kind: str, per_patch: bool) -> Tensor:
+    compute = torch.promote_types(prediction.dtype, torch.float32)
+    target = target.to(compute)
+    if per_patch:
+        mean = target.mean(-1, keepdim=True)
+        target = (target - mean) / torch.sqrt(target.var(-1, keepdim=True, unbiased=True) + 1e-6)
+    d = torch.where(real[:, None], prediction.to(compute) - target, torch.zeros((), dtype=compute, device=target.device))
+    if kind == "l1":
+        return d.abs().sum()
+    if kind == "mse":
+        return d.square().sum()
+    return (d.abs() + d.square()).sum()
+
+
+@PIXEL_LOSS.register("dense", "reads the masked patches only")
+def _dense(
+    prediction: Tensor,
+    images: Tensor,
+    rows: Tensor,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    kind: str,
+    per_patch: bool,
+) -> Tensor:
+    real, which = rows >= 0, rows.long().clamp(min=0)
+    patches = as_patches(images, patch)
+    _, across, down = patches.shape[:3]
+    b, n = which // (across * down), which % (across * down)
+    pixels = patches[b, n // down, n % down].flatten(1, 2)  # [R, patch * patch, 3]
+    compute = torch.promote_types(prediction.dtype, torch.float32)
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=compute, device=images.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=compute, device=images.device)
+    return _distance(prediction, (pixels.to(compute) * scale + shift).flatten(1), real, kind, per_patch)
+
+
+@PIXEL_LOSS.register("reference", "all patches, then the masked ones")
+def _reference(
+    prediction: Tensor,
+    images: Tensor,
+    rows: Tensor,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    kind: str,
+    per_patch: bool,
+) -> Tensor:
+    compute = torch.promote_types(prediction.dtype, torch.float32)
+    target = patchify(images, patch, mean, std, compute).flatten(0, 1)
+    return _distance(prediction, target[rows.long().clamp(min=0)], rows >= 0, kind, per_patch)
+
+
+def masked_pixel_loss(
+    prediction_RX: Tensor,
+    images: Tensor,
+    rows: Tensor,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    kind: str = "l1",
+    per_patch: bool = False,
+) -> Tensor:
+    """Sum over all values of the named patches of the distance to the prediction; the caller divides.
+
+    prediction [R, X]; images uint8 [B, height, width, 3]; rows int [R]: patch b * N + n, or -1 for a row to ignore;
+    kind l1 | mse | l1+mse. Returns a 0-d tensor of at least float32. Raises ValueError for an unknown kind or shape.
+    """
+    check_images(images, patch)
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}; got {kind!r}.")
+    if prediction_RX.shape != (rows.numel(), patch * patch * 3):
+        raise ValueError(
+            f"prediction must be [{rows.numel()}, {patch * patch * 3}] (rows x patch values); "
+            f"got {tuple(prediction_RX.shape)}."
+        )
+    return PIXEL_LOSS(prediction_RX, images, rows, patch, mean, std, kind, per_patch)

@@ -1,0 +1,228 @@
+"""Counter-based randomness: Philox4x32-10, and the three random choices a step makes on the device.
+
+Every draw is a pure function of (seed, stream, id, index): no generator state, so a mask is the same
+bit for bit on any backend, any batch size, any order of the batch and any number of ranks.
+
+Math     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): ten rounds of two 32x32 -> 64
+         bit products. key = seed (low, high); counter = (index, stream, id low, id high).
+Cost     about 100 elementwise integer operations a word group; a step draws a few thousand groups.
+Exact    plain int64 arithmetic. The 64-bit product wraps, and `(p >> 32) & 0xffffffff` of the wrapped product is
+         still its true high word. The same expressions run on numpy arrays (the sampling plan) and on torch tensors.
+
+`philox` is generic over both libraries; numpy is imported only when numpy asks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .packed import Packed, row_index
+
+WORD = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+class Stream(IntEnum):
+    """What a draw is for. Two streams never share a word; the numbers are part of every run's identity."""
+
+    SHARD_ORDER = 0
+    WINDOW_ORDER = 1
+    SOURCE = 2
+    CAPTION = 3
+    CROP = 4
+    SPARE = 5
+    AUGMENTATION = 6
+    PATCH_MASK = 7
+    TOKEN_CHOICE = 8
+    TOKEN_FATE = 9
+    RANDOM_WORD = 10
+    NEGATIVE_IMAGE = 11
+    NEGATIVE_TEXT = 12
+    EVALUATION = 13
+    INITIAL_WEIGHTS = 14
+
+
+def philox(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
+    """Philox4x32-10 on four int64 arrays (numpy or torch) that hold 32-bit words; returns four such arrays."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & WORD) ^ c1 ^ k0,
+            p1 & WORD,
+            ((p0 >> 32) & WORD) ^ c3 ^ k1,
+            p0 & WORD,
+        )
+        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def words(seed: int, stream: int, ids: Any, count: int) -> Any:
+    """`count` 32-bit words for each id: int64 [..., count] of the library (numpy or torch) of `ids` (int64 [...]).
+
+    Word w of an id is lane w % 4 of the Philox block with index w // 4.
+    """
+    if isinstance(ids, Tensor):
+        blocks = torch.arange((count + 3) // 4, device=ids.device, dtype=torch.int64)
+        stack, zero = torch.stack, torch.zeros_like
+    else:
+        import numpy
+
+        ids = numpy.asarray(ids, dtype=numpy.int64)
+        blocks = numpy.arange((count + 3) // 4, dtype=numpy.int64)
+        stack, zero = numpy.stack, numpy.zeros_like
+    low, high = (ids & WORD)[..., None], ((ids >> 32) & WORD)[..., None]
+    index = blocks + zero(low)
+    lanes = philox((index, zero(index) + int(stream), low + zero(index), high + zero(index)), split_seed(seed))
+    drawn = stack(lanes, -1)
+    return drawn.reshape(*drawn.shape[:-2], -1)[..., :count]
+
+
+def split_seed(seed: int) -> tuple[int, int]:
+    """The two 32-bit key words of a seed (any Python int; taken modulo 2^64)."""
+    return seed & WORD, (seed >> 32) & WORD
+
+
+def uniform(drawn: Any) -> Any:
+    """32-bit words -> float64 in the open interval (0, 1)."""
+    return (drawn + 0.5) / 4294967296.0
+
+
+def exact_count(ratio: float, total: int) -> int:
+    """ceil(ratio * total), immune to the last bit of the product (0.1 * 30 is 3.0000000000000004)."""
+    return min(total, math.ceil(ratio * total - 1e-9))
+
+
+def sample_patch_mask(
+    seed: int,
+    pair_ids: Tensor,
+    grid: tuple[int, int],
+    cell: int,
+    counts: Sequence[int],
+    row_multiple: int = 1,
+) -> tuple[Packed, Packed]:
+    """Which patches of each image stay visible and which are masked, in square cells chosen uniformly.
+
+    pair_ids int64 [B]; grid = (rows, columns) of patches; cell = patches along a cell's side (it must divide the
+    grid); counts = masked *cells* of each pair, known on the host. Returns (keep, masked): Packed int32, ascending
+    patch numbers 0..N-1, with lengths on the host. Rows of the tail are zero.
+    Raises ValueError for a cell that does not divide the grid or a count outside 0..cells.
+    """
+    height, width = grid
+    if height % cell or width % cell:
+        raise ValueError(f"cell must divide the patch grid {height} x {width}; got a cell of {cell} patches.")
+    cells = (height // cell) * (width // cell)
+    if len(counts) != pair_ids.numel() or any(not 0 <= c <= cells for c in counts):
+        raise ValueError(
+            f"counts must hold one number of masked cells in 0..{cells} for each of {pair_ids.numel()} pairs; "
+            f"got {tuple(counts)}."
+        )
+    device = pair_ids.device
+    noise = words(seed, Stream.PATCH_MASK, pair_ids, cells)
+    rank = torch.argsort(torch.argsort(noise, dim=1, stable=True), dim=1)
+    wanted = torch.tensor(counts, device=device).unsqueeze(1)
+    masked_BN = (
+        (rank < wanted)
+        .view(-1, height // cell, 1, width // cell, 1)
+        .expand(-1, -1, cell, -1, cell)
+        .reshape(-1, height * width)
+    )
+    return pack_patch_mask(masked_BN, [c * cell * cell for c in counts], row_multiple)
+
+
+def pack_patch_mask(masked_BN: Tensor, counts: Sequence[int], row_multiple: int = 1) -> tuple[Packed, Packed]:
+    """A bool mask [B, N] (True = masked) with its host counts -> (keep, masked) as `sample_patch_mask` gives them."""
+    patches = masked_BN.shape[1]
+    order = torch.argsort(masked_BN.to(torch.uint8), dim=1, stable=True)  # the visible first, each part ascending
+    keep_lengths = tuple(patches - c for c in counts)
+    packed = []
+    for lengths, start in ((keep_lengths, None), (tuple(counts), keep_lengths)):
+        layout = Packed.layout_of(lengths, row_multiple, masked_BN.device, max_length=patches)
+        sequence, position, real = row_index(layout)
+        if start is not None:
+            position = position + torch.tensor(start + (0,), device=order.device)[sequence]
+        rows = order[sequence.clamp(max=max(len(lengths) - 1, 0)), position.clamp(max=patches - 1)]
+        packed.append(layout.with_rows((rows * real).to(torch.int32)))
+    return packed[0], packed[1]
+
+
+def sample_token_mask(
+    seed: int,
+    pair_ids: Tensor,
+    tokens: Packed,
+    maskable: Tensor,
+    ratio: float,
+    mask_id: int,
+    vocabulary: int,
+    maskable_counts: Sequence[int] | None = None,
+    row_multiple: int = 1,
+) -> tuple[Packed, Packed, Tensor]:
+    """Choose max(1, ceil(ratio * maskable)) tokens of each caption; 80% become the mask token, 10% a random word.
+
+    tokens Packed int32 [T]; maskable bool [T] (specials False); maskable_counts = how many are maskable in each
+    caption, known on the host (None: counted here, which waits for the device).
+    Returns (tokens with the masks in place, positions, targets): positions is Packed int32 [R] of rows of `tokens`,
+    ascending in each caption, its lengths known on the host; targets int64 [R] are the original ids, -1 on the tail.
+    A caption with nothing to mask has no positions.
+    """
+    sequence, position, real = row_index(tokens)
+    maskable = maskable & real
+    captions, longest = tokens.sequences, tokens.max_length
+    if maskable_counts is None:
+        per_caption = torch.zeros(captions + 1, dtype=torch.int64, device=maskable.device)
+        per_caption.index_add_(0, sequence, maskable.long())
+        maskable_counts = per_caption[:captions].tolist()  # sync: only for callers without host counts
+    counts = tuple(0 if n == 0 else max(1, exact_count(ratio, n)) for n in maskable_counts)
+
+    # 1) rank the maskable tokens of each caption by their noise; the first `count` are chosen
+    offsets = tokens.offsets.long()
+    slots = torch.arange(longest, device=maskable.device)
+    row_SL = (offsets[:-1, None] + slots).clamp(max=max(tokens.total - 1, 0))
+    inside = slots < (offsets[1:] - offsets[:-1])[:, None]
+    open_SL = maskable[row_SL] & inside
+    noise = words(seed, Stream.TOKEN_CHOICE, pair_ids, longest)
+    rank = torch.argsort(torch.argsort(noise.masked_fill(~open_SL, WORD + 1), dim=1, stable=True), dim=1)
+    chosen_SL = (rank < torch.tensor(counts, device=rank.device)[:, None]) & open_SL
+
+    # 2) positions, ascending, as a packed list of known size
+    ascending = torch.argsort((~chosen_SL).to(torch.uint8), dim=1, stable=True)
+    layout = Packed.layout_of(counts, row_multiple, maskable.device, max_length=max(counts, default=0))
+    caption, k, used = row_index(layout)
+    caption = caption.clamp(max=max(captions - 1, 0))
+    column = ascending[caption, k.clamp(max=longest - 1)]
+    rows = row_SL[caption, column] * used
+    targets = torch.where(used, tokens.rows.long()[rows], -1)
+
+    # 3) 80% mask token, 10% random word, 10% unchanged
+    fate = uniform(words(seed, Stream.TOKEN_FATE, pair_ids, longest))
+    word = words(seed, Stream.RANDOM_WORD, pair_ids, longest) % vocabulary
+    now_SL = torch.where(fate < 0.8, mask_id, torch.where(fate < 0.9, word, tokens.rows.long()[row_SL]))
+    cut = position.clamp(max=longest - 1)
+    chosen = chosen_SL[sequence.clamp(max=captions - 1), cut] & real
+    replaced = torch.where(chosen, now_SL[sequence.clamp(max=captions - 1), cut], tokens.rows.long())
+    return tokens.with_rows(replaced.to(tokens.rows.dtype)), layout.with_rows(rows.to(torch.int32)), targets
+
+
+def sample_negatives(
+    seed: int, pair_ids: Tensor, similarity: Tensor, forbidden: Tensor, stream: int
+) -> tuple[Tensor, Tensor]:
+    """One negative for each row, drawn with probability softmax(similarity) over the candidates that are allowed.
+
+    pair_ids int64 [..., G]; similarity float [..., G, C] (already divided by the temperature); forbidden bool of
+    that shape. The draw is the Gumbel-argmax: noise word c belongs to candidate c of the group.
+    Returns (index int32 [..., G] into the candidates, valid bool [..., G]); a row without a candidate is not valid
+    and its index is 0.
+    """
+    noise = uniform(words(seed, stream, pair_ids, similarity.shape[-1]))
+    score = similarity.double() - torch.log(-torch.log(noise))
+    score = score.masked_fill(forbidden, -math.inf)
+    valid = ~forbidden.all(dim=-1)
+    return torch.where(valid, score.argmax(dim=-1), 0).to(torch.int32), valid

@@ -1,0 +1,21 @@
+"""mvle: fast pre-training of masked vision-and-language models (MaskVLM, Kwon et al., ICLR 2023).
+
+`mvle.load(RUN)` opens a finished run for use; everything else lives in the modules that own it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .inference import Pretrained
+
+__version__ = "0.1.0"
+
+
+def load(run: str, device: str = "cpu") -> Pretrained:
+    """Open a run folder: `encode_images`, `encode_texts`, `match`, `fill`, `reconstruct` (see mvle.inference)."""
+    from .inference import Pretrained
+
+    return Pretrained.open(run, device)
+

@@ -1,0 +1,293 @@
+"""The root config, and how a YAML file and key=value overrides become it.
+
+    defaults of the sections  <  the YAML file  <  key.sub=value
+
+Each section is a frozen model that lives beside the code that it configures; this file composes them, checks what
+spans sections, and turns every mistake into one line that names the key, what was expected, and what came.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from .config_keys import describe_keys, explain, flatten, near, shown, wrong_keys
+from .data.loader import DataConfig
+from .data.tokenizer import TokenizerConfig
+from .engine.checkpoint import CheckpointConfig
+from .engine.metrics import MetricsConfig
+from .engine.optim import OptimConfig, ScheduleConfig
+from .engine.parallel import BatchConfig, ParallelConfig
+from .engine.run import RunConfig
+from .evaluation.config import EvaluationConfig
+from .model.config import KernelsConfig, ModelConfig
+from .objectives.config import ObjectivesConfig
+from .objectives.masking import MaskingConfig
+from .section import Section
+
+# A resumed run may differ in these: they change neither what is learned nor in which order. batch.micro is looked at
+# apart, through BatchArithmetic.contrast.
+FREE_ON_RESUME = (
+    "run.folder",
+    "run.device",
+    "run.threads",
+    "data.threads",
+    "batch.micro",
+    "parallel",
+    "checkpoint",
+    "evaluation.every",
+    "metrics",
+    "kernels",
+)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message has one line a mistake."""
+
+
+class Config(Section):
+    """Everything that decides a run."""
+
+    run: RunConfig = Field(default_factory=RunConfig, description="where it lives")
+    data: DataConfig = Field(default_factory=DataConfig, description="which pairs")
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="which words")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="how large")
+    masking: MaskingConfig = Field(default_factory=MaskingConfig, description="what is masked")
+    objectives: ObjectivesConfig = Field(default_factory=ObjectivesConfig, description="what is learned")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="the optimizer")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="how long")
+    batch: BatchConfig = Field(default_factory=BatchConfig, description="pairs of a step")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how ranks share the model")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="what is kept")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="validation while training")
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="the log")
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig, description="which implementation of each op")
+
+    @model_validator(mode="after")
+    def check(self) -> Config:
+        """What spans sections: every line that fails, at once."""
+        if problems := list(cross_checks(self)):
+            raise ValueError("\n".join(problems))
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved config as plain dicts, lists, numbers and strings, which JSON has too."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved config as YAML; `load_config` reads it back to an equal one."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=120)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Config:
+        """The checked config of nested dicts. Raises ConfigError."""
+        if problems := list(wrong_keys(Config, values)):
+            raise ConfigError("\n".join(problems))
+        try:
+            return Config.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError("\n".join(explain(Config, error))) from None
+
+
+def describe() -> str:
+    """Every key with its type, default and meaning, by section: the text of --help."""
+    return describe_keys(Config)
+
+
+def differences(now: Config, before: Config, ignore: Collection[str] = FREE_ON_RESUME) -> list[tuple[str, Any, Any]]:
+    """(key, value now, value before) wherever two configs differ; `ignore` names keys or whole sections."""
+    flat, old = flatten(now.to_dict(), Config), flatten(before.to_dict(), Config)
+    ignored = tuple(f"{key}." for key in ignore)
+    return [(key, flat[key], old[key]) for key in flat if flat[key] != old[key] and not f"{key}.".startswith(ignored)]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def configs_folder() -> Path:
+    """Where the packaged recipes are: beside the package in a checkout or editable install, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    beside = package.parent / "configs"
+    return beside if (beside / "tiny.yaml").is_file() else package / "configs"
+
+
+def find_config(name_or_path: str) -> Path:
+    """A path as it is; a name (`large`) as that file of the packaged recipes. Raises ConfigError with the names."""
+    path, folder = Path(name_or_path), configs_folder()
+    if path.is_file():
+        return path
+    if not path.is_absolute() and (packaged := folder / f"{name_or_path}.yaml").is_file():
+        return packaged
+    names = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+    raise ConfigError(
+        f"there is no config {name_or_path}: expected the path of a YAML file, or a packaged name, one of "
+        f"{', '.join(names)}.{near(path.stem, names)}"
+    )
+
+
+def load_config(name_or_path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file (None: no file), then each `key.sub=value`; checked as a whole.
+
+    The value of an override is YAML: `masking.image_ratio=[0.6,1.0]`, `optim.encoder_lr=null`. Raises ConfigError.
+    """
+    values: dict[str, Any] = {}
+    if name_or_path is not None:
+        path = find_config(os.fspath(name_or_path))
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} must be YAML: {error}") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{path} must hold sections (run:, data:, ...); got {shown(loaded)}.")
+        values = loaded or {}
+    for override in overrides:
+        _apply(values, override)
+    return Config.from_dict({k: {} if v is None else v for k, v in values.items()})  # `data:` with nothing below
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Put one `key.sub=value` into nested dicts; a mapping is merged into a mapping."""
+    key, equals, text = override.partition("=")
+    *above, last = key.strip().split(".")
+    if not equals or not all((*above, last)):
+        raise ConfigError(f"an override must be key.sub=value, such as schedule.steps=100; got {override!r}.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"the value of {key} must be YAML; got {text!r}: {problem}.") from None
+    for part in above:
+        if not isinstance(values.get(part), dict):
+            values[part] = {}
+        values = values[part]
+    old = values.get(last)
+    values[last] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def cross_checks(config: Config) -> Iterator[str]:
+    """One message for each impossible combination of sections. Ranks are known only at run time: see `check_ranks`."""
+    batch, image, masking, schedule = config.batch, config.model.image, config.masking, config.schedule
+    if batch.total % config.data.slots:
+        yield (
+            f"batch.total must be a multiple of data.slots ({config.data.slots}); got {batch.total}. "
+            f"Set data.slots to a divisor of it, such as {math.gcd(batch.total, config.data.slots)}."
+        )
+    if batch.micro is not None and batch.total % batch.micro:
+        yield (
+            f"batch.micro must divide batch.total ({batch.total}); got {batch.micro}. "
+            f"Set it to a divisor, such as {math.gcd(batch.total, batch.micro)}."
+        )
+    yield from _check_group(config, batch.micro or batch.total, "batch.micro" if batch.micro else "batch.total")
+    if masking.cell % image.patch:
+        yield (
+            f"masking.cell must be a multiple of model.image.patch ({image.patch}); got {masking.cell}. "
+            f"Cells are made of whole patches; {image.patch} always fits."
+        )
+    elif image.size % masking.cell:
+        yield (
+            f"masking.cell must divide model.image.size ({image.size}); got {masking.cell}. "
+            f"An image is made of whole cells; {image.patch} always fits."
+        )
+    if masking.insert == "decoder" and masking.mode != "drop":
+        yield (
+            "masking.insert=decoder expected masking.mode=drop, where mask tokens enter after the encoder; got "
+            f"masking.mode={masking.mode}. Set masking.mode=drop or masking.insert=cross."
+        )
+    if schedule.warmup_steps > schedule.steps:
+        yield (
+            f"schedule.warmup must be at most schedule.steps ({schedule.steps}); got {schedule.warmup} steps. "
+            "A number below 1 is a share of the steps."
+        )
+
+
+def _check_group(config: Config, micro: int, key: str) -> Iterator[str]:
+    itm = config.objectives.itm
+    if itm.weight and micro % itm.group:
+        divisor = math.gcd(micro, itm.group)
+        yield (
+            f"objectives.itm.group must divide {key} ({micro}), so that negatives are drawn within one forward; got "
+            f"{itm.group}. " + (f"Set it to {divisor}." if divisor >= 2 else f"Make {key} a multiple of it.")
+        )
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """How batch.total is made: ranks x micro x accumulate."""
+
+    ranks: int
+    micro: int
+    accumulate: int
+
+    @property
+    def per_rank(self) -> int:
+        """Pairs of a step on one rank."""
+        return self.micro * self.accumulate
+
+    @property
+    def total(self) -> int:
+        """Pairs of a step."""
+        return self.ranks * self.per_rank
+
+    @property
+    def contrast(self) -> int:
+        """Pairs that a contrastive row sees: those of one forward over all ranks."""
+        return self.ranks * self.micro
+
+    def __str__(self) -> str:
+        return f"{self.ranks} ranks x {self.micro} x {self.accumulate} accumulate = {self.total} pairs"
+
+
+def check_ranks(config: Config, ranks: int) -> BatchArithmetic:
+    """How `ranks` ranks share a step. Raises ConfigError where they cannot."""
+    total, slots, per_rank = config.batch.total, config.data.slots, config.batch.total // ranks
+    micro = config.batch.micro or max(per_rank, 1)
+    problems = []
+    if total % ranks:
+        problems.append(
+            f"batch.total must be a multiple of the number of ranks ({ranks}); got {total}. Start "
+            f"{math.gcd(total, ranks)} ranks, or set batch.total={-(-total // ranks) * ranks}."
+        )
+    if slots % ranks:
+        problems.append(
+            f"data.slots must be a multiple of the number of ranks ({ranks}); got {slots}. Start "
+            f"{math.gcd(slots, ranks)} ranks, or choose another data.slots for a new run: it orders the pairs."
+        )
+    if not problems and per_rank % micro:
+        problems.append(
+            f"batch.micro must divide batch.total / ranks ({total} / {ranks} = {per_rank}); got {micro}. "
+            f"Set batch.micro={math.gcd(per_rank, micro)}."
+        )
+    if not problems:
+        problems += _check_group(config, micro, "batch.micro" if config.batch.micro else "batch.total / ranks")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return BatchArithmetic(ranks, micro, per_rank // micro)
+
+
+def require_data(config: Config, command: str = "python -m mvle.train CONFIG") -> None:
+    """Raise ConfigError, with what to type, where data.train (or data.val, if validation is on) names no shards."""
+    missing = [key for key in ("train", "val") if not getattr(config.data, key)]
+    if config.evaluation.every == 0:
+        missing = [key for key in missing if key == "train"]
+    if not missing:
+        return
+    names, got = " and ".join(f"data.{key}" for key in missing), shown(getattr(config.data, missing[0]))
+    raise ConfigError(
+        f"{names} must name shards of image-caption pairs; got {got}.\n"
+        "Make shards of your own pairs (one JSON line each: image, captions, split), index them, and name them:\n"
+        "    python -m mvle.data pack --format jsonl --input pairs.jsonl --images DIR --output data/mine\n"
+        "    python -m mvle.data index data/mine/*.tar\n"
+        f"    {command} 'data.train=data/mine/train-*.tar' 'data.val=data/mine/val-*.tar'\n"
+        "Or try the engine without data, on pictures of shapes that it draws itself:\n"
+        f"    {command} data.train=shapes:train data.val=shapes:val tokenizer.kind=bpe"
+    )

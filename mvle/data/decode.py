@@ -1,0 +1,287 @@
+"""Encoded bytes -> upright RGB pixels, or a DecodeError that says why not. Used by the index, the loader, inference.
+
+JPEG goes through torchvision (0.20 ms for a 176-pixel photo; Pillow 0.35). Everything else goes through Pillow: PNG too,
+because torchvision 0.29 ends the *process* on a PNG with a bad filter byte, and gains only a quarter there.
+What one gets, whichever decoder ran:
+
+    EXIF orientation   applied: `width`, `height` and windows are in displayed coordinates
+    16 bits a channel  scaled to 8, never clipped
+    transparency       laid on white, as a page shows it; dropping alpha would uncover colours nobody was meant to see
+    palette, CMYK, grey, bilevel   to RGB
+    animations         the first frame
+    damaged or cut off DecodeError, also where a tolerant decoder would fill in grey
+
+A pixel bound is checked on the header, before anything is decompressed. Resizing is torch's antialiased bilinear on
+uint8: a photo window to 112 pixels takes 0.06 ms against 0.17 with Pillow, a 1-megapixel window to 224 0.9 against 3.8.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+Window = tuple[int, int, int, int]  # y, x, height, width in displayed coordinates
+
+MAX_PIXELS = 64_000_000  # 8,000 x 8,000: 192 MB once decoded
+FORMATS = ("other", "jpeg", "png", "webp", "gif", "bmp", "tiff", "ppm", "avif", "jpeg2000")  # number = index column
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
+_NAMES = {"MPO": "jpeg", "DIB": "bmp"}
+_ORIENTATION_TAG = 0x0112
+
+
+class DecodeError(ValueError):
+    """These bytes do not give a picture; the message is the reason."""
+
+
+class PixelBoundError(DecodeError):
+    """The header announces more pixels than are allowed."""
+
+
+class ImageInfo(NamedTuple):
+    """What the index keeps of an image. width, height: as displayed, pixels; format: a name of FORMATS; orientation:
+    EXIF 1..8; bit_depth and channels: as stored (a palette counts as 3 or 4 channels)."""
+
+    format: str
+    width: int
+    height: int
+    orientation: int
+    bit_depth: int
+    channels: int
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """The whole image upright: uint8 [height, width, 3] RGB. Raises DecodeError."""
+    return examine_image(data, max_pixels)[1]
+
+
+def decode_window(data: bytes, window: Window | None, flip: bool, size: int, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """A window of the image at size x size: uint8 [size, size, 3] RGB, contiguous.
+
+    window = (y, x, height, width) in displayed pixels, inside the image; None: the largest centred square.
+    flip mirrors left and right afterwards. Raises DecodeError; ValueError for a window that leaves the image.
+    """
+    pixels = crop(examine_image(data, max_pixels)[1], window)
+    if pixels.shape[:2] != (size, size):
+        pixels = _resize(pixels, size)
+    return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
+
+
+def decode_mask_window(data: bytes, window: Window | None, size: int, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """A mask image through the same window: uint8 [size, size], 1 where the mask is bright. Nearest pixel."""
+    pixels = crop(decode_image(data, max_pixels), window)[:, :, 0]
+    rows, columns = (np.arange(size) * 2 + 1) * pixels.shape[0], (np.arange(size) * 2 + 1) * pixels.shape[1]
+    return (pixels[rows // (2 * size)][:, columns // (2 * size)] > 127).astype(np.uint8)
+
+
+def centred_square(width: int, height: int) -> Window:
+    """The largest square in the middle: what "resize the shorter side, then crop the centre" shows."""
+    side = min(width, height)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def crop(pixels: Pixels, window: Window | None) -> Pixels:
+    """The window of [height, width, ...] as a view; None: the largest centred square."""
+    height, width = pixels.shape[:2]
+    y, x, h, w = window or centred_square(width, height)
+    if not (0 <= y and 0 <= x and h > 0 and w > 0 and y + h <= height and x + w <= width):
+        raise ValueError(f"window must lie inside the image ({height} x {width}); got y, x, height, width = {window}.")
+    return pixels[y : y + h, x : x + w]
+
+
+def examine_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[ImageInfo, Pixels]:
+    """Decode everything and say what it is: (ImageInfo, uint8 [height, width, 3]). Raises DecodeError."""
+    if not data:
+        raise DecodeError("the file is empty")
+    if data[:3] == b"\xff\xd8\xff":
+        return _decode_jpeg(data, max_pixels)
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        _check_png(data, max_pixels)
+    return _decode_pillow(data, max_pixels, None)
+
+
+# --- JPEG ------------------------------------------------------------------------------------------------------------
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> tuple[ImageInfo, Pixels]:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    header = jpeg_header(data)
+    if header is None:
+        raise DecodeError("a JPEG without a frame header")
+    width, height, components, precision, orientation = header
+    _check_bound(width, height, max_pixels)
+    if precision == 8 and components in (1, 3):
+        try:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            pixels = decode_jpeg(buffer, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+        except RuntimeError:  # what libjpeg-turbo refuses here Pillow may still read; if not, its reason is reported
+            pass
+        else:
+            pixels = upright(pixels, orientation)
+            info = ImageInfo("jpeg", pixels.shape[1], pixels.shape[0], orientation, precision, components)
+            return info, pixels
+    return _decode_pillow(data, max_pixels, orientation)
+
+
+def jpeg_header(data: bytes) -> tuple[int, int, int, int, int] | None:
+    """(stored width, stored height, components, bits, EXIF orientation) from the markers; None without a frame."""
+    position, orientation = 2, 1
+    while True:
+        position = data.find(b"\xff", position)  # junk between markers is skipped, as libjpeg does
+        while 0 <= position < len(data) and data[position] == 0xFF:
+            position += 1
+        if position < 0 or position + 3 > len(data):
+            return None
+        marker = data[position]
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # these carry no length
+            position += 1
+            continue
+        if marker in (0xD9, 0xDA):
+            return None
+        length = int.from_bytes(data[position + 1 : position + 3], "big")
+        body = data[position + 3 : position + 1 + length]
+        if marker == 0xE1 and body[:6] == b"Exif\0\0" and orientation == 1:
+            orientation = exif_orientation(body[6:])
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if len(body) < 6:
+                return None
+            precision, height, width, components = struct.unpack(">BHHB", body[:6])
+            return width, height, components, precision, orientation
+        position += 1 + max(length, 2)
+
+
+def exif_orientation(tiff: bytes) -> int:
+    """The orientation tag of an EXIF block (a TIFF header and its first directory); 1 where it has none or is damaged."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or len(tiff) < 8:
+        return 1
+    directory = struct.unpack_from(order + "I", tiff, 4)[0]
+    if directory + 2 > len(tiff):
+        return 1
+    entries = struct.unpack_from(order + "H", tiff, directory)[0]
+    for i in range(entries):
+        at = directory + 2 + 12 * i
+        if at + 12 > len(tiff):
+            return 1
+        tag, kind, _ = struct.unpack_from(order + "HHI", tiff, at)
+        if tag == _ORIENTATION_TAG:
+            value = struct.unpack_from(order + ("H" if kind == 3 else "I"), tiff, at + 8)[0]
+            return value if 1 <= value <= 8 else 1
+    return 1
+
+
+def upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Stored [height, width, 3] -> displayed, as a view. Orientation: EXIF 1..8."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+# --- everything else -------------------------------------------------------------------------------------------------
+
+
+def _check_png(data: bytes, max_pixels: int) -> None:
+    """Every chunk there, in one piece, up to the end mark. Pillow alone would show a cut file as if it were whole."""
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        raise DecodeError("a PNG without a header")
+    _check_bound(*struct.unpack_from(">II", data, 16), max_pixels)
+    position = 8
+    while position + 12 <= len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        kind = data[position + 4 : position + 8]
+        if not (kind.isalpha() and kind.isascii()):
+            raise DecodeError(f"a PNG damaged at byte {position}: no chunk begins there")
+        if kind == b"IEND":
+            return
+        position += 12 + length
+    raise DecodeError(f"a PNG cut off: it ends after {len(data)} bytes without its end mark")
+
+
+def _decode_pillow(data: bytes, max_pixels: int, orientation: int | None) -> tuple[ImageInfo, Pixels]:
+    """orientation None: read it from the file's EXIF block (JPEG brings its own, so that both decoders agree)."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
+            _check_bound(*image.size, max_pixels)
+            depth, channels = _stored(image, data)
+            image.load()
+            name = _NAMES.get(image.format or "", (image.format or "other").lower())
+            if orientation is None:  # Pillow turns TIFF upright by itself
+                block = b"" if name == "tiff" else image.info.get("exif", b"")
+                orientation = exif_orientation(block[6:] if block[:6] == b"Exif\0\0" else block)
+            pixels = upright(_to_rgb(image), orientation)
+    except DecodeError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PixelBoundError(f"more pixels than Pillow opens at all: {error}") from error
+    except Exception as error:  # hostile bytes make Pillow's plugins raise nearly every type there is; none is hidden
+        raise DecodeError(f"{type(error).__name__}: {str(error) or 'no reason given'}") from error
+    format_name = name if name in FORMATS else "other"
+    return ImageInfo(format_name, pixels.shape[1], pixels.shape[0], orientation, depth, channels), pixels
+
+
+@functools.cache
+def _pillow_formats() -> tuple[str, ...]:
+    """The formats of ours that this Pillow was built with. Never EPS, which would start another program."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in _PILLOW_FORMATS if name in Image.OPEN)
+
+
+def _to_rgb(image: Any) -> Pixels:
+    mode = image.mode
+    if mode == "F":
+        raise DecodeError("floating-point pixels have no known range; save the image with 8 or 16 bits")
+    if mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it at 255
+        grey = np.asarray(image).astype(np.int64)
+        if grey.size and (grey.min() < 0 or grey.max() > 65535):
+            raise DecodeError("32-bit integer pixels have no known range; save the image with 8 or 16 bits")
+        return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
+        alpha = rgba[:, :, 3:]
+        return ((rgba[:, :, :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return np.asarray(image.convert("RGB"))
+
+
+def _stored(image: Any, data: bytes) -> tuple[int, int]:
+    """(bits a channel, channels) as stored."""
+    bands = len(image.getbands())
+    if image.mode in ("P", "PA"):
+        bands = 4 if "transparency" in image.info or image.mode == "PA" else 3
+    if image.format == "PNG":
+        return data[24], bands
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, 8)
+        return int(bits[0] if isinstance(bits, tuple) else bits), bands
+    return {"1": 1, "I": 16, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8), bands
+
+
+def _check_bound(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise PixelBoundError(f"{width} x {height} pixels are over the bound of {max_pixels} (data.max_pixels)")
+    if width * height == 0:
+        raise DecodeError(f"a picture without pixels: {width} x {height}")
+
+
+def _resize(pixels: Pixels, size: int) -> Pixels:
+    if min(pixels.strides) < 0:  # a turned photo; torch wants strides that go forward
+        pixels = np.ascontiguousarray(pixels)
+    elif not pixels.flags.writeable:  # Pillow lends its buffer; torch warns of one that it could write to
+        pixels = pixels.copy()
+    stored = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    scaled = torch.nn.functional.interpolate(stored, size=(size, size), mode="bilinear", antialias=True)
+    return scaled[0].permute(1, 2, 0).numpy()

@@ -1,0 +1,94 @@
+"""DCP on a file system, without the two places where DCP would unpickle what it finds.
+
+A DCP checkpoint's `.metadata` is a pickle, and entries that are no tensors are pickles too. Checkpoints travel between
+people, so `SafeReader` reads the first through an unpickler that knows DCP's own plain classes alone, and refuses the
+second. The shards themselves are read by torch with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+# Plain data classes, and what tensors' sizes and layouts are made of. None of them acts when it is built.
+ALLOWED = {
+    "collections": {"OrderedDict"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},  # a look-up by name
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",  # then refused by name
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+class UnsafeCheckpoint(ValueError):
+    """A checkpoint that holds something other than tensors."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise UnsafeCheckpoint(f"it names {module}.{name}, which no checkpoint of tensors needs")
+
+
+class SafeReader(FileSystemReader):
+    """Reads tensors, and nothing else. Raises UnsafeCheckpoint."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The checkpoint's metadata, checked to describe tensors in files of its own folder."""
+        path = Path(self.path) / ".metadata"
+        try:
+            with open(path, "rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except UnsafeCheckpoint as error:
+            raise UnsafeCheckpoint(f"{path} is refused: {error}. Load only checkpoints that mvle wrote.") from None
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UnsafeCheckpoint(f"{path} is damaged: {type(error).__name__}: {error}.") from None
+        _check(path, metadata)
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of each tensor of the checkpoint."""
+        entries = self.read_metadata().state_dict_metadata.items()
+        return {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def _check(path: Path, metadata: Any) -> None:
+    entries = getattr(metadata, "state_dict_metadata", None)
+    if (
+        not isinstance(metadata, Metadata)
+        or not isinstance(entries, dict)
+        or not isinstance(metadata.storage_data, dict)
+    ):
+        raise UnsafeCheckpoint(f"{path} is refused: expected the metadata of DCP; got {type(metadata).__name__}.")
+    for key, entry in entries.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UnsafeCheckpoint(f"{path} is refused: expected tensors alone; {key} is {type(entry).__name__}.")
+    for info in metadata.storage_data.values():
+        name = getattr(info, "relative_path", None)
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".distcp"):
+            raise UnsafeCheckpoint(f"{path} is refused: expected files of its own folder; it names {name!r}.")
+
+
+class PlainWriter(FileSystemWriter):
+    """Writes what SafeReader reads: the metadata names no path of the machine that wrote it."""
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Nothing but the id of this save."""
+        return StorageMeta(save_id=self.save_id)

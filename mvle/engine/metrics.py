@@ -1,0 +1,275 @@
+"""What a run says of itself: a row in metrics.jsonl and a line on the screen every metrics.every steps.
+
+Numbers are added up on the device; the host asks for them at a log line alone. A terminal gets a progress bar below
+the lines, everything else (a file, torchrun's output) the lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..section import Section
+from .parallel import Parallel
+from .run import write_text
+
+PARTS = ("mim", "mlm", "itc", "itm")  # shown in brackets behind the loss
+
+
+class MetricsConfig(Section):
+    """The log."""
+
+    every: int = Field(10, gt=0, description="steps between log lines, and between rows of metrics.jsonl")
+
+
+class Metrics:
+    """Rows and lines of a run. Every rank makes one and calls `update`; rank 0 writes.
+
+    path         metrics.jsonl; rows beyond `start` (the run was killed after it wrote them) are removed
+    steps        of the whole run, for the ETA
+    pairs        of one step, over all ranks
+    start        steps done before this process
+    terminal     whether to draw a progress bar; None: if standard output is a terminal
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: MetricsConfig,
+        parallel: Parallel,
+        *,
+        steps: int,
+        pairs: int,
+        start: int = 0,
+        terminal: bool | None = None,
+    ) -> None:
+        self.path, self.config, self.parallel = Path(path), config, parallel
+        self.steps, self.pairs = steps, pairs
+        self._seconds_a_step = math.nan
+        self._names: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+        self._totals: dict[str, Tensor] = {}
+        self._applied: Tensor | None = None
+        self._wait, self._steps = 0.0, 0
+        self._file: Any = None
+        self._bar: Any = None
+        if parallel.is_main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            drop_rows_after(self.path, start)
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by `close`
+            if sys.stdout.isatty() if terminal is None else terminal:
+                self._start_bar(start)
+        self._begin_interval()
+
+    # --- a step ---
+
+    def update(
+        self,
+        step: int,
+        sums: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+        *,
+        skipped: Tensor,
+        wait: float,
+        lr: float,
+    ) -> dict[str, Any] | None:
+        """Count one step; at a log step write its row and line, and return the row.
+
+        step     steps done, this one included
+        sums     0-d tensors, this rank's part: added over ranks (losses and accuracies, already divided by counts)
+        state    0-d tensors that every rank has alike (grad_norm, temperature)
+        skipped  0-d, 1 where the step was not finite: it is counted, and enters no mean
+        wait     seconds that this rank waited for data; rank 0's are reported
+        lr       learning rate of this step (of the group with the highest peak)
+        All ranks must call it at every step: at a log step they add up their sums.
+        """
+        names = (tuple(sums), tuple(state))
+        if self._names is None:
+            self._names = names
+        elif self._names != names:
+            raise ValueError(f"update must get the same names at every step; got {names} after {self._names}.")
+        applied = 1 - skipped.detach().to(self.parallel.device, torch.float32)
+        for part, values in (("sums", sums), ("state", state)):
+            if values:
+                row = torch.stack([v.detach().to(torch.float32).reshape(()) for v in values.values()])
+                row = torch.where(applied > 0, row, 0.0)  # not a product: NaN * 0 is NaN
+                self._totals[part] = row if part not in self._totals else self._totals[part] + row
+        self._applied = applied if self._applied is None else self._applied + applied
+        self._wait += wait
+        self._steps += 1
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+        if step % self.config.every and step != self.steps:
+            return None
+        return self._log(step, lr)
+
+    def _log(self, step: int, lr: float) -> dict[str, Any]:
+        totals = self._totals
+        reduced = self.parallel.all_reduce_sum(totals["sums"]) if "sums" in totals else torch.empty(0)
+        parts = [reduced.cpu(), totals.get("state", torch.empty(0)).cpu()]
+        numbers = torch.cat(parts).tolist()  # sync: the log line
+        applied = float(self._applied) if self._applied is not None else 0.0
+        # the clock is read after the device was waited for, so that the interval holds the work of its steps
+        seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
+        assert self._names is not None
+        means = {
+            name.replace("_correct", "_accuracy"): number / applied if applied else math.nan
+            for name, number in zip([*self._names[0], *self._names[1]], numbers, strict=True)
+        }
+        rate = seconds / self._steps
+        old = self._seconds_a_step
+        self._seconds_a_step = rate if math.isnan(old) else 0.7 * old + 0.3 * rate
+        row = {
+            **means,
+            "lr": lr,
+            "skipped": round(self._steps - applied),
+            "pairs": step * self.pairs,
+            "pairs/s": self._steps * self.pairs / seconds,
+            "data_wait": min(self._wait / seconds, 1.0),
+            "mem_gib": memory_gib(self.parallel.device),
+        }
+        self.record(step, "train", row, line=self._line(step, row))
+        self._begin_interval()
+        return row
+
+    def _line(self, step: int, row: Mapping[str, Any]) -> str:
+        width = len(str(self.steps))
+        losses = " ".join(f"{name} {row[name]:.3f}" for name in PARTS if name in row)
+        fields = [f"step {step:0{width}d}/{self.steps}"]
+        if "loss" in row:
+            fields.append(f"loss {row['loss']:6.3f} ({losses})")
+        elif losses:
+            fields.append(losses)
+        fields.append(f"lr {row['lr']:.2e}")
+        if "grad_norm" in row:
+            fields.append(f"grad_norm {row['grad_norm']:6.2f}")
+        if "temperature" in row:
+            fields.append(f"temperature {row['temperature']:.4f}")
+        fields += [
+            f"pairs/s {row['pairs/s']:7,.1f}",
+            f"data_wait {row['data_wait']:5.1%}",
+            f"mem {row['mem_gib']:.2f} GiB",
+            f"eta {duration((self.steps - step) * self._seconds_a_step)}",
+        ]
+        if row["skipped"]:
+            fields.append(f"SKIPPED {row['skipped']} steps that were not finite")
+        return "  ".join(fields)
+
+    def _begin_interval(self) -> None:
+        self._totals, self._applied = {}, None
+        self._wait, self._steps = 0.0, 0
+        self._started, self._paused = time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training (validation, a checkpoint): its time enters neither pairs/s nor the ETA."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    # --- rows and lines ---
+
+    def record(self, step: int, kind: str, values: Mapping[str, Any], line: str | None = None) -> None:
+        """A row {"step", "kind", **values} in metrics.jsonl, and its line (None: made from the values). What is not
+        finite is null."""
+        if self._file is None:
+            return
+        row = {"step": step, "kind": kind, **values}
+        self._file.write(json.dumps({k: _plain(v) for k, v in row.items()}, allow_nan=False) + "\n")
+        self._file.flush()
+        if line is None:
+            shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+            line = f"step {step:0{len(str(self.steps))}d}/{self.steps}  {kind}  {shown}"
+        self.say(line)
+
+    def say(self, text: str) -> None:
+        """A line on rank 0's screen, above the progress bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            self.parallel.say(text)
+
+    def _start_bar(self, start: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn(), "eta", TimeRemainingColumn())
+        self._bar = Progress(*columns, expand=True, refresh_per_second=4, speed_estimate_period=120)
+        self._task = self._bar.add_task("train", total=self.steps, completed=start)
+        self._bar.start()
+
+    def close(self) -> None:
+        """Close the file and leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# --- files and words -------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | os.PathLike[str], kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, all or of one kind; a last line that a kill cut short is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return [row for row in rows if kind is None or row["kind"] == kind]
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Remove rows beyond `step`, and a last line that a kill cut short."""
+    if path.is_file():
+        rows = [row for row in read_rows(path) if row["step"] <= step]
+        write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory of this process in GiB: the device allocator's peak on a GPU, what is resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS counts in bytes, and the peak
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 5h12m, 3m20s or 12s."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    whole = max(round(seconds), 0)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours >= 48:
+        return f"{hours // 24}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,137 @@
+"""AdamW with its four groups, the learning-rate schedule, and the clipped step that skips what is not finite.
+
+No call here waits for the device: norms, clipping and the decision to skip stay on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from ..section import Section
+
+
+class OptimConfig(Section):
+    """AdamW and gradient clipping."""
+
+    lr: float = Field(3e-4, gt=0, description="peak learning rate of everything but the encoders")
+    encoder_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of both encoders (low for pretrained weights); null: optim.lr"
+    )
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="the schedule ends at this share of the peak")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of both moments, each in 0..1")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        0.05, ge=0, description="decoupled decay of matrices; biases, norms, positions and tokens have none"
+    )
+    clip: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+
+    @field_validator("betas")
+    @classmethod
+    def check_betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        """Both in [0, 1)."""
+        if not all(0 <= b < 1 for b in value):
+            raise ValueError(f"expected two numbers of at least 0 and below 1; got {value}")
+        return value
+
+
+class ScheduleConfig(Section):
+    """How long a run is, and how the learning rate moves meanwhile."""
+
+    steps: int = Field(1000, gt=0, description="optimizer steps of the run")
+    kind: Literal["cosine"] = Field("cosine", description="linear warm-up, then half a cosine down to the floor")
+    warmup: int | float = Field(
+        0.05, ge=0, description="below 1: share of schedule.steps; otherwise a whole number of steps"
+    )
+
+    @field_validator("warmup")
+    @classmethod
+    def check_warmup(cls, value: int | float) -> int | float:
+        """A share, or whole steps."""
+        if value >= 1 and value != int(value):
+            raise ValueError(f"expected a share below 1 or a whole number of steps; got {value}")
+        return value
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps until the peak is reached."""
+        return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+
+
+class Trainable(Protocol):
+    """What the optimizer asks of a model."""
+
+    def decay(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay applies to the parameter."""
+
+    def is_encoder(self, name: str) -> bool:
+        """Whether the parameter belongs to an encoder, and so has optim.encoder_lr."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """As nn.Module has it."""
+
+
+def build_optimizer(model: Trainable, config: OptimConfig) -> AdamW:
+    """Fused AdamW over at most four groups: encoder or other, decayed or not; each knows its `peak` learning rate.
+
+    Call it after the model was sharded: an optimizer made before holds parameters that no longer exist.
+    """
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = (model.is_encoder(name), model.decay(name, parameter))
+            members.setdefault(kind, []).append(parameter)
+    groups = []
+    for (encoder, decayed), parameters in sorted(members.items()):
+        peak = config.encoder_lr if encoder and config.encoder_lr is not None else config.lr
+        groups.append(
+            {
+                "params": parameters,
+                "name": f"{'encoder' if encoder else 'other'} {'decayed' if decayed else 'not decayed'}",
+                "peak": peak,
+                "lr": peak,
+                "weight_decay": config.weight_decay if decayed else 0.0,
+            }
+        )
+    return AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate_factor(step: int, schedule: ScheduleConfig, floor: float) -> float:
+    """Share of the peak at `step` (0 for the first): up in a line to 1 at the end of the warm-up, then half a cosine
+    down to `floor` (optim.min_lr_ratio), which the last step has."""
+    warmup = min(schedule.warmup_steps, schedule.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step + 1 - warmup) / (schedule.steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give each group its peak times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Clip to `max_norm` over all parameters of the optimizer and step; a step whose norm is not finite is skipped.
+
+    Returns (norm before clipping, skipped: 1.0 or 0.0), both 0-d float32 on the device and the same on every rank; all
+    ranks must call it. A skipped step leaves weights, moments and step counters as they were.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if hasattr(norm, "full_tensor"):  # sharded gradients
+        norm = norm.full_tensor()
+    skipped = (~torch.isfinite(norm)).to(torch.float32).reshape(())
+    # Fused AdamW divides gradients by grad_scale as it reads them, so clipping costs no pass of its own; and it leaves
+    # everything alone where found_inf is 1. Both must be 0-d to mix with sharded gradients.
+    optimizer.grad_scale = (norm / max_norm).clamp(min=1.0).to(torch.float32).reshape(())  # type: ignore[attr-defined]
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    optimizer.step()
+    return norm, skipped

@@ -1,0 +1,219 @@
+"""Ranks: the process group, the mesh, how the model is sharded, and the few words that ranks exchange.
+
+One CPU rank needs none of this: no process group, no sharding (sharding it costs a third of a small step and does
+nothing). From two ranks on, and on a GPU always, the model is sharded by FSDP2: its policy is also what casts weights
+to bfloat16 on a GPU.
+
+Gradients: FSDP averages over ranks. A loss that is already divided by global counts must therefore be multiplied by
+`Parallel.ranks` before its backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..section import Section
+
+TIMEOUT = timedelta(minutes=10)  # a rank that is silent for longer has died
+FORWARD_METHODS = ("encode_images", "encode_texts", "match", "fill", "reconstruct")  # entries beside `forward`
+
+
+class BatchConfig(Section):
+    """How many pairs make a step."""
+
+    total: int = Field(512, gt=0, description="pairs of one optimizer step, over all ranks")
+    micro: int | None = Field(
+        None, gt=0, description="pairs of one forward on one rank; null: all that the rank has of batch.total"
+    )
+
+
+class ParallelConfig(Section):
+    """How ranks share the model. Without torchrun there is one rank."""
+
+    shard: int | None = Field(
+        None, gt=0, description="ranks that share one copy of the weights; null: ranks / parallel.replicate"
+    )
+    replicate: int = Field(1, gt=0, description="copies of the weights; shard x replicate is the number of ranks")
+
+
+class Parallel:
+    """This process among its ranks. Make it with `Parallel.start`; as a context manager it ends cleanly.
+
+    rank, ranks   number of this process, and how many there are
+    device        where this rank computes
+    mesh          the device mesh; None for one CPU rank, which runs unsharded
+    """
+
+    def __init__(self, rank: int, ranks: int, device: torch.device, shape: tuple[int, int] = (1, 1)) -> None:
+        self.rank, self.ranks, self.device = rank, ranks, device
+        self.mesh: Any = None
+        self.cpu_group: Any = None  # votes travel here, so that they never wait for a GPU
+        if ranks > 1 or device.type == "cuda":
+            self._join(shape)
+
+    @classmethod
+    def start(cls, config: ParallelConfig, device: str = "auto") -> Parallel:
+        """Read torchrun's environment (none: one rank) and join the others.
+
+        device is run.device. Raises ValueError, before anything is joined, where the config does not fit the ranks or
+        the machine, or where a process group exists already.
+        """
+        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        shape = mesh_shape(config, ranks)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            found = torch.cuda.device_count()
+            if local >= found:
+                raise ValueError(
+                    f"run.device=cuda needs a GPU for each rank of a machine; got rank {local} and {found} GPUs. Start "
+                    f"{max(found, 1)} ranks a machine, or set run.device=cpu."
+                )
+            torch.cuda.set_device(local)
+            return cls(rank, ranks, torch.device("cuda", local), shape)
+        return cls(rank, ranks, torch.device("cpu"), shape)
+
+    def _join(self, shape: tuple[int, int]) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if dist.is_initialized():
+            raise ValueError("a process group exists already; Parallel makes its own and must be the only one.")
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:  # plain python on a GPU
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        self.cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend == "nccl" else dist.group.WORLD
+        if shape[0] > 1:
+            self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        else:
+            self.mesh = init_device_mesh(self.device.type, (self.ranks,), mesh_dim_names=("shard",))
+
+    # --- the model ---
+
+    @property
+    def sharded(self) -> bool:
+        """Whether `shard` does anything."""
+        return self.mesh is not None
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        """Shard the model in place, before its optimizer is built; returns it. One CPU rank: nothing is done.
+
+        Each of model.blocks_to_shard() is a unit of its own, and what is left is the root's. On a GPU weights are
+        bfloat16 in a forward and gradients are reduced in float32; a module with `full_precision = True` stays in
+        float32, as everything does on a CPU. Inputs are never cast: the model makes them in its weights' dtype.
+        """
+        if not self.sharded:
+            return model
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        full = MixedPrecisionPolicy(cast_forward_inputs=False)
+        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        policy = half if self.device.type == "cuda" else full
+        # 1) innermost first: a unit takes what is below it and not yet in another
+        for module in model.modules():
+            if getattr(module, "full_precision", False):
+                fully_shard(module, mesh=self.mesh, mp_policy=full)
+        # 2) blocks, so that one is gathered while another computes
+        for block in model.blocks_to_shard():  # type: ignore[operator]
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+        # 3) the root: embeddings, heads, what is small
+        fully_shard(model, mesh=self.mesh, mp_policy=policy)
+        for name in FORWARD_METHODS:
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
+        return model
+
+    @contextlib.contextmanager
+    def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Around a micro-batch's forward and backward: gradients are reduced over ranks in the last one alone."""
+        if self.sharded:
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            if self.sharded:
+                model.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+    @staticmethod
+    def reshard(model: nn.Module) -> None:
+        """After a forward without backward (evaluation): give the root's parameters back their sharded form, without
+        which neither optimizer nor checkpoint knows them."""
+        if (reshard := getattr(model, "reshard", None)) is not None:
+            reshard()
+
+    # --- words between ranks ---
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes and prints."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over ranks, in place; it lives on `device`. The host does not wait."""
+        if self.ranks > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def vote(self, flag: bool) -> bool:
+        """True on every rank where it is true on any."""
+        return bool(self.agree(int(flag)))
+
+    def agree(self, number: int) -> int:
+        """The largest of the ranks' numbers, on every rank."""
+        if self.ranks == 1:
+            return number
+        ballot = torch.tensor([number], dtype=torch.int64)
+        dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return int(ballot.item())
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.agree(0)
+
+    def stop(self) -> None:
+        """Leave the process group."""
+        if self.cpu_group is not None and dist.is_initialized():
+            dist.destroy_process_group()
+        self.mesh = self.cpu_group = None
+
+    def __enter__(self) -> Parallel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def mesh_shape(config: ParallelConfig, ranks: int) -> tuple[int, int]:
+    """(replicate, shard) for a number of ranks. Raises ValueError where they do not multiply to it."""
+    replicate = config.replicate
+    if ranks % replicate:
+        raise ValueError(
+            f"parallel.replicate must divide the number of ranks ({ranks}); got {replicate}. Without torchrun there is "
+            "one rank."
+        )
+    shard = config.shard or ranks // replicate
+    if replicate * shard != ranks:
+        raise ValueError(
+            f"parallel.replicate x parallel.shard must be the number of ranks ({ranks}); got {replicate} x {shard}. "
+            f"Set parallel.shard={ranks // replicate}, or null."
+        )
+    return replicate, shard

@@ -1,0 +1,16 @@
+"""How often, and on how much, a run is validated while it trains."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ..section import Section
+
+
+class EvaluationConfig(Section):
+    """Validation during training; the same numbers are the defaults of `python -m mvle.evaluate`."""
+
+    every: int = Field(500, ge=0, description="steps between validations (losses and R@1 on data.val); 0: never")
+    pairs: int = Field(256, gt=0, description="pairs of the validation split that are used, the first ones")
+    k: int = Field(32, gt=0, description="candidates of each query that the matching head reranks")
+    seed: int = Field(1, ge=0, description="key of the masks of every evaluation, apart from run.seed")

@@ -1,0 +1,82 @@
+"""How large the model is. tiny, base and large are the sizes of the recipes; base and large have timm's ViT-B/16 and
+ViT-L/16 shape on the image side and RoBERTa's base and large shape on the text side."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ..section import Section
+
+
+class ImageEncoderConfig(Section):
+    """A pre-norm ViT over square images."""
+
+    size: int = Field(224, gt=0, description="side of the square input, pixels")
+    patch: int = Field(16, gt=0, description="side of a patch, pixels; divides model.image.size")
+    depth: int = Field(12, gt=0, description="blocks of the image encoder")
+    mean: tuple[float, float, float] = Field(
+        (0.5, 0.5, 0.5), description="subtracted from pixels in 0..1, per channel (red, green, blue)"
+    )
+    std: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="then divided by, per channel; each above 0")
+
+    @model_validator(mode="after")
+    def check(self) -> ImageEncoderConfig:
+        """Whole patches, and a real scale."""
+        if self.size % self.patch:
+            raise ValueError(f"size must be a multiple of patch ({self.patch}); got {self.size}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0 in each channel; got {self.std}")
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches (rows, columns)."""
+        return self.size // self.patch, self.size // self.patch
+
+
+class TextEncoderConfig(Section):
+    """A post-norm RoBERTa."""
+
+    depth: int = Field(12, gt=0, description="blocks of the text encoder")
+    max_tokens: int = Field(32, ge=3, description="longest caption, in tokens with its bos and eos; longer is cut")
+
+
+class ModelConfig(Section):
+    """Sizes of the encoders, the cross encoders, the decoder and the heads."""
+
+    width: int = Field(768, gt=0, description="width of every block; a multiple of model.heads")
+    heads: int = Field(12, gt=0, description="attention heads of every block")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of a feed-forward layer / model.width")
+    image: ImageEncoderConfig = Field(default_factory=ImageEncoderConfig, description="the image encoder")
+    text: TextEncoderConfig = Field(default_factory=TextEncoderConfig, description="the text encoder")
+    cross_depth: int = Field(3, gt=0, description="blocks of each cross encoder (self, cross, feed-forward)")
+    decoder_depth: int = Field(3, gt=0, description="blocks of the image decoder, which reads the caption too")
+    projection: int = Field(256, gt=0, description="width of the contrastive space")
+    temperature: float = Field(0.07, gt=0.001, lt=0.5, description="initial temperature of the contrastive loss")
+    dropout: float = Field(0.0, description="must be 0: dropout would break sharing and rank invariance")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights (truncated at 2)")
+
+    @model_validator(mode="after")
+    def check(self) -> ModelConfig:
+        """Whole heads; no dropout."""
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads ({self.heads}); got {self.width}")
+        if self.dropout != 0:
+            raise ValueError(
+                f"dropout must be 0; got {self.dropout}. Blocks are shared between objectives and results may not "
+                "depend on the number of ranks: both need a forward without dropout"
+            )
+        return self
+
+
+class KernelsConfig(Section):
+    """Which implementation computes an op, and how packed buffers are rounded."""
+
+    backend: Literal["auto", "reference", "dense"] = Field(
+        "auto", description="force one backend for every op (an op that lacks it is an error); auto lets each choose"
+    )
+    row_multiple: int = Field(
+        16, gt=0, description="packed buffers are rounded up to a multiple of this many rows, so that shapes repeat"
+    )

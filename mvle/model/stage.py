@@ -1,0 +1,202 @@
+"""A cross stage (image cross encoder, text cross encoder, image decoder): every query set of a step in one pass.
+
+    x = distinct sources · x += SA(x) · x = sequences as the sets repeat them · x += CA(x) · x += FFN(x) · …
+    last block: queries = x[read], keys = all of x
+
+`plan_stage` turns the sets into index tensors, once a step; `Stage` is the module and knows nothing of objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from mvle_kernels import AttentionPlan, Packed, attention_plan, concatenate, expand, expand_layout, round_up, row_index
+from torch import Tensor, nn
+
+from .layers import ContextProjection, CrossBlock, Rows
+from .queries import Draw, QuerySet
+
+
+@dataclass(frozen=True, eq=False)
+class StagePlan:
+    """The layouts and indices that all blocks of a stage share in one step."""
+
+    sources: Packed
+    contexts: Packed
+    spread: Callable[[Tensor], Tensor] | None
+    rows: Rows | None
+    self_first: AttentionPlan
+    self_later: AttentionPlan
+    self_last: AttentionPlan
+    cross: AttentionPlan
+    cross_last: AttentionPlan
+    outputs: tuple[tuple[str, Packed], ...]  # what each set gets back, in order
+
+
+def group_capacity(lengths: Sequence[int], group: int) -> int:
+    """Rows that hold any choice of one sequence of its own group for each pair: group size x longest, summed."""
+    return sum(len(part) * max(part) for part in (lengths[a : a + group] for a in range(0, len(lengths), group)))
+
+
+def plan_stage(
+    sets: Sequence[QuerySet],
+    sources: Mapping[str, Packed],
+    contexts: Mapping[str, Packed],
+    row_multiple: int,
+    depth: int,
+) -> StagePlan:
+    """Lay out one stage. sources: each set's source (mask tokens inserted) by set name, the same object where shared;
+    contexts: by set name likewise. Sets whose sequences are drawn with unknown lengths must come last."""
+    own = _distinct([sources[s.name] for s in sets])
+    read_from = _distinct([contexts[s.name] for s in sets])
+    x = concatenate(own, row_multiple)
+    context = concatenate(read_from, row_multiple)
+    context_starts = dict(zip(map(id, read_from), accumulate([0, *(c.sequences for c in read_from)]), strict=False))
+
+    # 1) the query sequences: each set's parts end to end
+    plain = all(s.expand == (None,) for s in sets) and len(own) == len(sets)
+    pieces: list[tuple[Packed, Draw | None, Packed]] = []  # (source, draw, its layout)
+    kv: list[Tensor] = []
+    set_layouts: list[list[Packed]] = []
+    for s in sets:
+        source, start = sources[s.name], context_starts[id(contexts[s.name])]
+        parts = []
+        for draw, reads in zip(s.expand, s.kv_index, strict=True):
+            layout = source if draw is None else _drawn_layout(source, draw)
+            parts.append(layout)
+            pieces.append((source, draw, layout))
+            pairs = torch.arange(source.sequences, device=x.offsets.device, dtype=torch.int32)
+            kv.append((pairs if reads is None else reads.index) + start)
+        set_layouts.append(parts)
+    queries = x if plain else concatenate([_bare(layout) for _, _, layout in pieces], row_multiple)
+    kv_index: Tensor | None = torch.cat(kv)
+    if len(read_from) == 1 and all(s.kv_index == (None,) for s in sets) and len(sets) == 1:
+        kv_index = None
+    spread = None if plain else _spread(own, pieces, queries.total)
+
+    # 2) the rows that the last block computes
+    rows, read = None, queries
+    if any(s.read != "all" for s in sets):
+        lengths: list[int] = []
+        positions: list[Tensor] = []
+        for s, parts in zip(sets, set_layouts, strict=True):
+            got = [_read_positions(s, layout) for layout in parts]
+            lengths += [n for one, _ in got for n in one]
+            positions += [p for _, p in got]
+        read = Packed.layout_of(lengths, row_multiple, x.offsets.device)
+        sequence, _, real = row_index(read)
+        where = torch.cat([*positions, positions[0].new_zeros(read.total - sum(lengths))])
+        index = (queries.offsets.long()[sequence.clamp(max=max(queries.sequences - 1, 0))] + where) * real
+        rows = Rows(index, real if sum(lengths) < read.total else None)
+
+    # 3) what each set gets back
+    outputs = []
+    for s, parts in zip(sets, set_layouts, strict=True):
+        if isinstance(s.read, Packed):
+            layout = s.read
+        else:
+            counts = [n for p in parts for n in ([1] * p.sequences if s.read == "global" else _known(s, p))]
+            layout = Packed.layout_of(counts, 1, x.offsets.device)
+        outputs.append((s.name, layout))
+    whole_first = rows is not None and spread is not None
+    return StagePlan(
+        sources=x,
+        contexts=context,
+        spread=spread,
+        rows=rows,
+        self_first=attention_plan(x if depth > 1 or rows is None or whole_first else read, x),
+        self_later=attention_plan(queries, queries) if depth > 2 else attention_plan(x, x),
+        self_last=attention_plan(read, queries),
+        cross=attention_plan(queries, context, kv_index),
+        cross_last=attention_plan(read, context, kv_index),
+        outputs=tuple(outputs),
+    )
+
+
+def _distinct(parts: Sequence[Packed]) -> list[Packed]:
+    return list({id(p): p for p in parts}.values())
+
+
+def _bare(layout: Packed) -> Packed:
+    """The layout around rows without width, to be concatenated for its offsets alone."""
+    return layout.with_rows(layout.offsets.new_empty(layout.total, 0))
+
+
+def _drawn_layout(source: Packed, draw: Draw) -> Packed:
+    assert source.lengths is not None, "sources have lengths on the host"
+    return expand_layout(source, draw.index, group_capacity(source.lengths, draw.group))
+
+
+def _known(s: QuerySet, layout: Packed) -> tuple[int, ...]:
+    if layout.lengths is None:
+        raise ValueError(f"set {s.name} reads all rows of sequences whose lengths only the device knows.")
+    return layout.lengths
+
+
+def _read_positions(s: QuerySet, layout: Packed) -> tuple[tuple[int, ...], Tensor]:
+    """How many rows of each sequence are read, and their positions in it, without a tail."""
+    if isinstance(s.read, Packed):
+        lengths = _known(s, s.read)
+        return lengths, s.read.rows[: sum(lengths)].long()
+    if s.read == "global":
+        return (1,) * layout.sequences, torch.zeros(layout.sequences, dtype=torch.int64, device=layout.offsets.device)
+    lengths = _known(s, layout)
+    return lengths, row_index(layout)[1][: sum(lengths)]
+
+
+def _spread(
+    own: Sequence[Packed], pieces: Sequence[tuple[Packed, Draw | None, Packed]], total: int
+) -> Callable[[Tensor], Tensor]:
+    sizes = [sum(p.lengths or ()) for p in own]
+    slots = {id(p): i for i, p in enumerate(own)}
+    layouts = [Packed.layout_of(p.lengths or (), 1, p.offsets.device, p.max_length) for p in own]
+
+    def run(x: Tensor) -> Tensor:
+        parts = x.split([*sizes, len(x) - sum(sizes)])
+        rows = []
+        for source, draw, layout in pieces:
+            slot = slots[id(source)]
+            if draw is None:
+                rows.append(parts[slot])
+            else:
+                rows.append(expand(layouts[slot].with_rows(parts[slot]), draw.index, layout).rows)
+        tail = total - sum(len(r) for r in rows)
+        return torch.cat([*rows, x.new_zeros(round_up(tail, 1), x.shape[1])])
+
+    return run
+
+
+class Stage(nn.Module):
+    """`depth` cross blocks over one fixed context, and a final norm."""
+
+    def __init__(self, width: int, heads: int, inner: int, depth: int) -> None:
+        super().__init__()
+        self.context = ContextProjection(width, heads, depth)
+        self.blocks = nn.ModuleList(CrossBlock(width, heads, inner) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, plan: StagePlan) -> dict[str, Packed]:
+        """The rows that each set reads, by set name."""
+        x, keys_values = plan.sources.rows, self.context(plan.contexts.rows)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = block(
+                x,
+                plan.self_first if i == 0 else plan.self_last if i == last else plan.self_later,
+                keys_values[i],
+                plan.cross_last if i == last else plan.cross,
+                plan.spread if i == 0 else None,
+                plan.rows if i == last else None,
+            )
+        x = self.norm(x)
+        counts = [sum(layout.lengths or ()) for _, layout in plan.outputs]
+        parts = x.split([*counts, len(x) - sum(counts)])
+        return {
+            name: layout.with_rows(torch.cat([rows, rows.new_zeros(layout.total - len(rows), rows.shape[1])]))
+            if layout.total > len(rows)
+            else layout.with_rows(rows)
+            for (name, layout), rows in zip(plan.outputs, parts, strict=False)
+        }

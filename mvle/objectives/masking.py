@@ -1,0 +1,39 @@
+"""What is masked, how much of it, and what the other side shows meanwhile."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ..section import Section
+
+
+class MaskingConfig(Section):
+    """How much of each side is masked, and how. The paper: 0.6 of 32-pixel cells, 0.3 of the tokens."""
+
+    mode: Literal["replace", "drop"] = Field(
+        "replace",
+        description="replace: masked patches become a learned token (the paper); drop: the encoder sees the visible "
+        "patches only (faster)",
+    )
+    insert: Literal["cross", "decoder"] = Field(
+        "cross", description="where mask tokens enter in drop mode: the image cross encoder, or only the decoder"
+    )
+    context: Literal["clean"] = Field(
+        "clean", description="what MIM and MLM read of the other side: clean, the whole of it (the paper)"
+    )
+    image_ratio: float | tuple[float, float] = Field(
+        0.6, description="share of cells masked: a number, or [low, high] drawn for each pair; above 0, at most 1"
+    )
+    cell: int = Field(32, gt=0, description="side of a masking cell, pixels; a multiple of model.image.patch")
+    text_ratio: float = Field(0.3, gt=0, le=1, description="share of a caption's tokens masked, at least one")
+
+    @field_validator("image_ratio")
+    @classmethod
+    def check_ratio(cls, value: float | tuple[float, float]) -> float | tuple[float, float]:
+        """0 < low <= high <= 1."""
+        low, high = value if isinstance(value, tuple) else (value, value)
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"expected a share above 0 and at most 1, or [low, high] in that order; got {value}")
+        return value
