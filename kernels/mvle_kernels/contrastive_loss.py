@@ -28,9 +28,9 @@ def gather(x: Tensor, group: Any) -> Tensor:
         return x
     from torch.distributed import _functional_collectives as collectives
 
-    if x.is_floating_point():
-        return collectives.all_gather_tensor_autograd(x.contiguous(), 0, group)
-    return collectives.all_gather_tensor(x.contiguous(), 0, group)
+    name = "all_gather_single" if hasattr(collectives, "all_gather_single") else "all_gather_tensor"  # renamed in 2.13
+    collect = getattr(collectives, name + "_autograd" if x.is_floating_point() else name)
+    return collect(x.contiguous(), 0, group)
 
 
 @CONTRASTIVE.register("dense", "two plain products")

@@ -103,6 +103,7 @@ def examine_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[ImageInfo,
         return _decode_jpeg(data, max_pixels)
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         _check_png(data, max_pixels)
+        return _decode_pillow(data, max_pixels, None, ("PNG",))
     return _decode_pillow(data, max_pixels, None)
 
 
@@ -208,12 +209,14 @@ def _check_png(data: bytes, max_pixels: int) -> None:
     raise DecodeError(f"a PNG cut off: it ends after {len(data)} bytes without its end mark")
 
 
-def _decode_pillow(data: bytes, max_pixels: int, orientation: int | None) -> tuple[ImageInfo, Pixels]:
+def _decode_pillow(
+    data: bytes, max_pixels: int, orientation: int | None, formats: tuple[str, ...] | None = None
+) -> tuple[ImageInfo, Pixels]:
     """orientation None: read it from the file's EXIF block (JPEG brings its own, so that both decoders agree)."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=_pillow_formats()) as image:
+        with Image.open(io.BytesIO(data), formats=formats or _pillow_formats()) as image:
             _check_bound(*image.size, max_pixels)
             depth, channels = _stored(image, data)
             image.load()
@@ -226,6 +229,8 @@ def _decode_pillow(data: bytes, max_pixels: int, orientation: int | None) -> tup
         raise
     except Image.DecompressionBombError as error:
         raise PixelBoundError(f"more pixels than Pillow opens at all: {error}") from error
+    except UnidentifiedImageError as error:  # its own message holds a memory address
+        raise DecodeError(f"no image format that is known here; the file begins with {data[:12]!r}") from error
     except Exception as error:  # hostile bytes make Pillow's plugins raise nearly every type there is; none is hidden
         raise DecodeError(f"{type(error).__name__}: {str(error) or 'no reason given'}") from error
     format_name = name if name in FORMATS else "other"

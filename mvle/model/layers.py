@@ -89,9 +89,13 @@ class ContextProjection(nn.Module):
         self.heads, self.depth = heads, depth
         self.kv = nn.Linear(width, depth * 2 * width)
 
-    def forward(self, context_TD: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """[T, D] -> for each block (k, v), each [T, H, E]."""
-        parts = self.kv(context_TD).unflatten(1, (self.depth * 2, self.heads, -1)).unbind(1)
+    def forward(self, context_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, depth * 2 * D]; `split` cuts it. (Two steps, since a sharded module may not return views.)"""
+        return self.kv(context_TD)
+
+    def split(self, kv: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each block (k, v), each [T, H, E]."""
+        parts = kv.unflatten(1, (self.depth * 2, self.heads, -1)).unbind(1)
         return list(zip(parts[0::2], parts[1::2], strict=True))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from mvle_kernels import AttentionPlan, Packed, attention_plan, concatenate, expand, expand_layout, round_up, row_index
+from mvle_kernels import AttentionPlan, Packed, attention_plan, concatenate, expand, expand_layout, row_index
 from torch import Tensor, nn
 
 from .layers import ContextProjection, CrossBlock, Rows
@@ -164,7 +164,7 @@ def _spread(
             else:
                 rows.append(expand(layouts[slot].with_rows(parts[slot]), draw.index, layout).rows)
         tail = total - sum(len(r) for r in rows)
-        return torch.cat([*rows, x.new_zeros(round_up(tail, 1), x.shape[1])])
+        return torch.cat([*rows, x.new_zeros(tail, x.shape[1])])
 
     return run
 
@@ -180,7 +180,8 @@ class Stage(nn.Module):
 
     def forward(self, plan: StagePlan) -> dict[str, Packed]:
         """The rows that each set reads, by set name."""
-        x, keys_values = plan.sources.rows, self.context(plan.contexts.rows)
+        x = plan.sources.rows
+        keys_values = self.context.split(self.context(plan.contexts.rows))
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             x = block(

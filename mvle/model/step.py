@@ -38,6 +38,7 @@ class Step:
     image_z: Tensor | None = None
     text_z: Tensor | None = None
     temperature: Tensor | None = None
+    itm_valid: Tensor | None = None  # bool [B]: the pair has a negative
 
 
 def masked_cells(ratio: float, masking: MaskingConfig, image: ImageEncoderConfig) -> int:

@@ -1,0 +1,1 @@
+"""Benchmarks of mvle: pytest-benchmark suites, and the peers that they are held against."""

@@ -1,0 +1,65 @@
+"""What is known of a caption from its words alone: its id, whether a mirrored image would make it false, its colours."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+NO_FLIP = 1  # bits of the index column caption.flags
+NAMES_COLOUR = 2
+
+# "right now" is caught too: an unflipped image costs nothing, a false caption does.
+_SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand|handed|side)?\b", re.IGNORECASE)
+_COLOURS = re.compile(
+    r"\b(?:red|green|blue|yellow|orange|purple|violet|pink|brown|black|white|gr[ae]y|cyan|magenta|turquoise|teal|maroon|"
+    r"beige|tan|golden|gold|silver|crimson|scarlet|navy|lavender|olive)(?:ish)?\b",
+    re.IGNORECASE,
+)
+
+
+class CaptionError(ValueError):
+    """A pair whose caption cannot be read; the message is the reason."""
+
+
+def bytes_id(data: bytes) -> int:
+    """A 64-bit hash as int64: the id of an image's bytes. Equal bytes have equal ids everywhere."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def text_id(caption: str) -> int:
+    """The id of a caption: captions that differ in case and spaces alone are the same."""
+    return bytes_id(" ".join(caption.lower().split()).encode("utf-8", "replace"))
+
+
+def caption_flags(caption: str) -> int:
+    """NO_FLIP and NAMES_COLOUR as they hold."""
+    return NO_FLIP * bool(_SIDES.search(caption)) + NAMES_COLOUR * bool(_COLOURS.search(caption))
+
+
+def captions_of(components: Mapping[str, bytes], field: str | None) -> list[str]:
+    """The captions of one pair, stripped, blank ones dropped.
+
+    components: suffix -> bytes of "json" and "txt". field names an entry of the JSON (a string or a list of them), or
+    "txt" for the text file; None takes the first of JSON "captions", JSON "caption", and the text file that is there.
+    Raises CaptionError where there is none.
+    """
+    candidates: list[Any] = []
+    if field != "txt" and "json" in components:
+        try:
+            record = json.loads(components["json"])
+        except (ValueError, RecursionError) as error:
+            raise CaptionError(f"its .json is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise CaptionError("its .json is not an object with fields")
+        candidates = [record.get(name) for name in ([field] if field else ["captions", "caption"])]
+    if field in (None, "txt") and "txt" in components:
+        candidates.append(components["txt"].decode("utf-8", "replace"))
+    for candidate in candidates:
+        texts = [candidate] if isinstance(candidate, str) else candidate if isinstance(candidate, list) else []
+        captions = [" ".join(text.split()) for text in texts if isinstance(text, str)]
+        if captions := [text for text in captions if text]:
+            return captions
+    raise CaptionError(f"it has no caption ({field or 'captions or caption in its .json, or a .txt'})")

@@ -1,0 +1,67 @@
+"""Columns in a file: named arrays and one JSON header, as safetensors lays them out. Read memory-mapped, no pickle."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .tar import DataError
+
+_DTYPES = {"U8": np.uint8, "I32": np.int32, "U32": np.uint32, "I64": np.int64}
+
+
+def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], header: Mapping[str, Any], name: str) -> None:
+    """Write the file under a temporary name, then rename it. `header` (JSON) is stored as metadata entry `name`."""
+    from safetensors.numpy import save
+
+    data = save(dict(columns), metadata={name: json.dumps(header, sort_keys=True)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_columns(path: Path, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """(columns as read-only views of the mapped file, the JSON header). Raises DataError if it is not such a file."""
+    wrong = f"{path} must be a safetensors file with a {name} header"
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < 8:
+            raise DataError(f"{wrong}; it is shorter than any.")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    length = int.from_bytes(mapped[:8], "little")
+    try:
+        tensors = json.loads(mapped[8 : 8 + length])
+        header = json.loads(tensors.pop("__metadata__")[name])
+        columns = {key: _view(mapped, 8 + length, entry) for key, entry in tensors.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{wrong}; it is damaged: {type(error).__name__}: {error}.") from error
+    return columns, header
+
+
+def _view(mapped: mmap.mmap, start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
+    begin, end = entry["data_offsets"]
+    dtype = np.dtype(_DTYPES[entry["dtype"]])
+    if not 0 <= begin <= end <= len(mapped) - start or end - begin != dtype.itemsize * int(np.prod(entry["shape"])):
+        raise ValueError("a column lies outside the file")
+    if begin == end:
+        return np.empty(entry["shape"], dtype)
+    return np.frombuffer(mapped, dtype, (end - begin) // dtype.itemsize, start + begin).reshape(entry["shape"])
+
+
+def pack_strings(strings: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Byte strings end to end, and where each begins: uint8 [sum], int64 [n + 1]."""
+    offsets = np.zeros(len(strings) + 1, np.int64)
+    np.cumsum([len(s) for s in strings], out=offsets[1:])
+    return np.frombuffer(b"".join(strings), np.uint8), offsets

@@ -1,0 +1,343 @@
+"""MaskVLM: the model in the order of the paper. One root forward computes everything that a step asks for.
+
+    image --patchify--> mask --> image encoder --> image cross --> decoder --> pixels     MIM, p(image | text)
+    text  --tokens----> mask --> text encoder ---> text cross ---------------> words      MLM, p(text | image)
+    whole image, whole caption --> global tokens --> ITC --> hard negatives --> both cross encoders --> ITM
+
+Heads and losses run inside `forward`, since under FSDP their weights are whole only there. `encode_images`,
+`encode_texts`, `match`, `fill` and `reconstruct` are the entries that evaluation uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mvle_kernels import Packed, Stream, concatenate, insert_mask_tokens, patchify, words
+from torch import Tensor, nn
+
+from ..data.batch import Batch
+from ..objectives.itc import Itc
+from ..objectives.itm import Itm
+from ..objectives.mim import Mim, mim_sets
+from ..objectives.mlm import Mlm, mlm_sets
+from .heads import Heads, Temperature
+from .image_encoder import ImageEncoder
+from .queries import QuerySet, StageName, View
+from .stage import Stage, plan_stage
+from .step import Choices, Step, choose_image_masks, choose_token_masks
+from .text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..objectives.base import Objective
+
+STAGES: tuple[StageName, ...] = ("image_cross", "text_cross", "decoder")
+NAMES = ("mim", "mlm", "itc", "itm")
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """total: 0-d, to call backward on. report: name -> detached 0-d tensor, shares of the global batch, to be summed
+    over micro-batches and ranks. state: what every micro-batch and rank has alike (the temperature)."""
+
+    total: Tensor
+    report: dict[str, Tensor]
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """rows Packed [T, D] of one side's encoder; z float32 [S, d] of unit length."""
+
+    rows: Packed
+    z: Tensor
+
+
+class MaskVLM(nn.Module):
+    """Two encoders, two cross encoders, a decoder and the heads."""
+
+    def __init__(self, config: Config, vocabulary: int, mask_id: int) -> None:
+        super().__init__()
+        model = config.model
+        self.config, self.vocabulary, self.mask_id = config, vocabulary, mask_id
+        self.row_multiple = config.kernels.row_multiple
+        inner = int(model.width * model.mlp_ratio)
+        self.image_encoder = ImageEncoder(model, self.row_multiple)
+        self.text_encoder = TextEncoder(model, vocabulary)
+        self.image_cross = Stage(model.width, model.heads, inner, model.cross_depth)
+        self.text_cross = Stage(model.width, model.heads, inner, model.cross_depth)
+        self.decoder = Stage(model.width, model.heads, inner, model.decoder_depth)
+        self.heads = Heads(model, vocabulary)
+        if config.masking.mode == "drop":
+            rows, columns = model.image.grid
+            self.insert_token = nn.Parameter(torch.empty(model.width))
+            self.insert_positions = nn.Parameter(torch.empty(rows * columns + 1, model.width))
+        kinds = config.objectives
+        everything: list[Objective] = [
+            Mim(kinds.mim, config.masking, model.image),
+            Mlm(kinds.mlm, config.masking),
+            Itc(kinds.itc),
+            Itm(kinds.itm),
+        ]
+        self.objectives = [o for o in everything if o.weight > 0]
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def set_contrast_group(self, group: Any) -> None:
+        """The process group over which the contrastive loss gathers embeddings; None: this batch alone."""
+        for objective in self.objectives:
+            if isinstance(objective, Itc):
+                objective.group = group
+
+    def counts(self, batch: Batch) -> Tensor:
+        """This rank's denominators, float64 [4] in the order mim, mlm, itc, itm; 0 for what is not trained.
+
+        From lengths and ids alone, so that they can be summed over ranks before the first forward of a step.
+        """
+        own = {o.name: o.count(batch) for o in self.objectives}
+        parts = [torch.as_tensor(own.get(name, 0), dtype=torch.float64, device=batch.images.device) for name in NAMES]
+        return torch.stack(parts)
+
+    def forward(self, batch: Batch, seed: int, counts: Tensor) -> Losses:
+        """One (micro-)batch: sum_k weight_k * sum_k / counts_k. seed: the run's; counts as `counts` gives them."""
+        wanted = frozenset[View]().union(*(o.views() for o in self.objectives))
+        step = Step(batch, seed, self.row_multiple, self.choose(batch, seed, wanted))
+        self.encode(step, wanted)
+        rows = self.ask(step, [s for o in self.objectives for s in o.sets(step)])
+        total: Tensor | None = None
+        report: dict[str, Tensor] = {}
+        for objective in self.objectives:
+            result = objective.result(step, rows, self.heads)
+            count = counts[NAMES.index(objective.name)].clamp(min=1).to(result.loss.dtype)
+            loss = result.loss / count
+            report[objective.name] = loss.detach()
+            report |= {name: value.to(loss.dtype) / count for name, value in result.correct.items()}
+            total = objective.weight * loss if total is None else total + objective.weight * loss
+        assert total is not None
+        report["loss"] = total.detach()
+        state = {} if step.temperature is None else {"temperature": step.temperature.detach()[0]}
+        return Losses(total, report, state)
+
+    def choose(self, batch: Batch, seed: int, wanted: frozenset[View]) -> Choices:
+        """The masks of the sides that some objective wants masked."""
+        masking, image = self.config.masking, self.config.model.image
+        keep = masked = tokens = positions = read = targets = None
+        if View.IMAGE_MASKED in wanted:
+            keep, masked = choose_image_masks(batch, seed, masking, image, self.row_multiple)
+        if View.TEXT_MASKED in wanted:
+            tokens, positions, read, targets = choose_token_masks(
+                batch, seed, masking, self.mask_id, self.vocabulary, self.row_multiple
+            )
+        return Choices(keep, masked, tokens, positions, read, targets)
+
+    def encode(self, step: Step, wanted: frozenset[View]) -> None:
+        """Encode the wanted views, each encoder in one call, and project the globals where both sides are whole."""
+        images = [v for v in (View.IMAGE_CLEAN, View.IMAGE_MASKED) if v in wanted]
+        if images:
+            kinds = {View.IMAGE_CLEAN: "clean", View.IMAGE_MASKED: self.config.masking.mode}
+            choices = step.choices
+            packed = self.image_encoder(step.batch.images, choices.keep, choices.masked, [kinds[v] for v in images])
+            step.views |= zip(images, split_sequences(packed, len(images)), strict=True)
+        texts = [v for v in (View.TEXT_CLEAN, View.TEXT_MASKED) if v in wanted]
+        if texts:
+            tokens = {View.TEXT_CLEAN: step.batch.text, View.TEXT_MASKED: step.choices.tokens}
+            packed = self.text_encoder(concatenate([tokens[v] for v in texts], self.row_multiple))  # type: ignore
+            step.views |= zip(texts, split_sequences(packed, len(texts)), strict=True)
+        if any(isinstance(o, Itc) for o in self.objectives) and {View.IMAGE_CLEAN, View.TEXT_CLEAN} <= wanted:
+            step.image_z = self.heads.embed(step.views[View.IMAGE_CLEAN], self.heads.image_projection)
+            step.text_z = self.heads.embed(step.views[View.TEXT_CLEAN], self.heads.text_projection)
+            step.temperature = self.heads.temperature()
+
+    def ask(self, step: Step, sets: Sequence[QuerySet]) -> dict[str, Packed]:
+        """Put the query sets to the cross stages, each stage once; rows by set name."""
+        rows: dict[str, Packed] = {}
+        for stage in STAGES:
+            asked = [s for s in sets if s.stage == stage]
+            if not asked:
+                continue
+            inserted: dict[tuple[Any, bool], Packed] = {}
+            sources = {}
+            for s in asked:
+                key = (s.source, s.insert)
+                if key not in inserted:
+                    source = rows[s.source] if isinstance(s.source, str) else step.views[s.source]
+                    inserted[key] = self.insert(source, step) if s.insert else source
+                sources[s.name] = inserted[key]
+            contexts = {s.name: step.views[s.context] for s in asked}
+            module: Stage = getattr(self, stage)
+            rows |= module(plan_stage(asked, sources, contexts, self.row_multiple, len(module.blocks)))
+        return rows
+
+    def insert(self, rows: Packed, step: Step) -> Packed:
+        """Drop mode: class + visible rows -> full length, mask tokens with their positions in between."""
+        assert step.choices.masked is not None
+        return insert_mask_tokens(rows, step.choices.masked, self.insert_token, self.insert_positions)
+
+    # ---- what evaluation and users call -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Encoded:
+        """uint8 [B, size, size, 3] -> rows and unit embeddings."""
+        rows = self.image_encoder(images, None, None, ["clean"])
+        return Encoded(rows, self.heads.embed(rows, self.heads.image_projection))
+
+    @torch.no_grad()
+    def encode_texts(self, text: Packed) -> Encoded:
+        """Packed int32 token ids -> rows and unit embeddings."""
+        rows = self.text_encoder(text)
+        return Encoded(rows, self.heads.embed(rows, self.heads.text_projection))
+
+    @torch.no_grad()
+    def match(self, image_rows: Packed, text_rows: Packed, image_index: Tensor, text_index: Tensor) -> Tensor:
+        """For each of P (image, caption) pairs of encoded rows: the log-odds that they belong together, [P].
+
+        image_rows, text_rows: `rows` of `encode_images` / `encode_texts`; image_index, text_index int [P] into them.
+        """
+        images, texts = take(image_rows, image_index.tolist()), take(text_rows, text_index.tolist())  # sync: evaluation
+        step = _bare_step(images, texts, self.row_multiple)
+        rows = self.ask(
+            step,
+            [
+                QuerySet("image", "image_cross", View.IMAGE_CLEAN, View.TEXT_CLEAN, read="global"),
+                QuerySet("text", "text_cross", View.TEXT_CLEAN, View.IMAGE_CLEAN, read="global"),
+            ],
+        )
+        logits = self.heads.match_logits(rows["image"].rows[: len(image_index)], rows["text"].rows[: len(image_index)])
+        return logits[:, 1] - logits[:, 0]
+
+    @torch.no_grad()
+    def fill(self, text: Packed, positions: Packed, images: Tensor | None) -> Tensor:
+        """Logits float32 [R, vocabulary] of the words at `positions`, in order.
+
+        text Packed int32 with the mask token where a word is wanted; positions Packed int32: rows of `text`, its lengths
+        on the host; images uint8 [B, size, size, 3], one for each caption, or None: no image (a context of length 0).
+        """
+        sequence = torch.repeat_interleave(torch.arange(text.sequences), torch.tensor(positions.lengths))
+        real = positions.rows[: len(sequence)].long()
+        read = Packed.layout_of(positions.lengths or (), 1, text.rows.device)
+        within = real - text.offsets.long()[sequence.to(real.device)]
+        rows = self.text_encoder(text)
+        image = self.encode_images(images).rows if images is not None else _nothing(rows)
+        step = _bare_step(image, rows, self.row_multiple)
+        step.views[View.TEXT_MASKED] = rows
+        step.choices = Choices(read=read.with_rows(within.to(torch.int32)))
+        out = self.ask(step, mlm_sets(step))["mlm"].rows[: len(sequence)]
+        head = self.heads.tokens
+        return (out @ head.weight[: self.vocabulary].T + head.bias[: self.vocabulary]).float()
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, masked: Tensor, text: Packed) -> Tensor:
+        """Rebuilt patches float32 [B, N, X] in pixel units 0..1 (X as `patchify` orders it): predictions where masked,
+        the image elsewhere.
+
+        images uint8 [B, size, size, 3]; masked bool [B, N]; text Packed, one caption an image; length 0 = no caption.
+        With per-patch targets a prediction is scaled by the true patch's own mean and deviation.
+        """
+        config = self.config
+        image = config.model.image
+        empty = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        batch = Batch(images, text, empty, empty, empty, [], (), masks={"image": masked})
+        keep, holes = choose_image_masks(batch, 0, config.masking, image, self.row_multiple)
+        packed = self.image_encoder(images, keep, holes, [config.masking.mode])
+        caption = self.text_encoder(text) if text.total else _nothing(text.with_rows(packed.rows[:0]))
+        step = Step(batch, 0, self.row_multiple, Choices(keep, holes))
+        step.views |= {View.IMAGE_MASKED: packed, View.TEXT_CLEAN: caption}
+        predicted = self.heads.pixels(self.ask(step, mim_sets(step, config.masking))["mim.decoder"].rows).float()
+        predicted = predicted[: sum(holes.lengths or ())]
+        target = patchify(images, image.patch, image.mean, image.std)
+        if config.objectives.mim.per_patch:
+            own = target[masked]
+            predicted = predicted * torch.sqrt(own.var(-1, keepdim=True) + 1e-6) + own.mean(-1, keepdim=True)
+        target[masked] = predicted
+        scale, shift = (torch.tensor(v, device=target.device).repeat(image.patch**2) for v in (image.std, image.mean))
+        return target * scale + shift
+
+    # ---- how the engine treats the parameters -----------------------------------------------------------------------
+
+    def blocks_to_shard(self) -> list[nn.Module]:
+        """Modules that are sharded one by one (beside those of full precision); the root takes the rest."""
+        stages = (self.image_cross, self.text_cross, self.decoder)
+        blocks = [*self.image_encoder.blocks, *self.text_encoder.blocks]
+        for stage in stages:
+            blocks += [stage.context, *stage.blocks]
+        return blocks
+
+    def decay(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay applies: matrices of linear layers, not embeddings, tokens, positions, norms, biases."""
+        return parameter.ndim >= 2 and not name.endswith(("positions", "words.weight"))
+
+    def is_encoder(self, name: str) -> bool:
+        """Whether a parameter belongs to an encoder (which may come pre-trained and take its own learning rate)."""
+        return name.startswith(("image_encoder.", "text_encoder."))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter from (seed, its name): the same on any number of ranks, whatever else the model holds.
+
+        Linear weights, embeddings, tokens and positions: normal with model.init_std, cut at two deviations; norms 1;
+        biases 0. Works on sharded parameters (each is drawn whole on the CPU and every rank keeps its part).
+        """
+        for name, parameter in self.named_parameters():
+            whole = self.initial(name, tuple(parameter.shape), seed).to(parameter.dtype)
+            if hasattr(parameter, "device_mesh"):
+                from torch.distributed.tensor import distribute_tensor
+
+                whole = distribute_tensor(
+                    whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
+            parameter.copy_(whole)
+
+    def initial(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """The initial value of one parameter, float32 on the CPU."""
+        std = self.config.model.init_std
+        if name == "heads.temperature.value":
+            return torch.full(shape, self.config.model.temperature)
+        if name.endswith("bias"):
+            return torch.zeros(shape)
+        if "norm" in name:
+            return torch.ones(shape)
+        which = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+        low, high = words(seed, Stream.INITIAL_WEIGHTS, torch.tensor(which), 2).tolist()
+        generator = torch.Generator().manual_seed(high << 31 ^ low)
+        value = torch.empty(shape)
+        return nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep the temperature in its range; after each optimizer step."""
+        self.heads.temperature.value.clamp_(Temperature.LOW, Temperature.HIGH)
+
+
+def split_sequences(packed: Packed, parts: int) -> list[Packed]:
+    """Cut a Packed of equal numbers of sequences into `parts`, without tails. Lengths are known on the host."""
+    assert packed.lengths is not None
+    each = packed.sequences // parts
+    lengths = [packed.lengths[i * each : (i + 1) * each] for i in range(parts)]
+    sizes = [sum(n) for n in lengths]
+    rows = packed.rows.split([*sizes, packed.total - sum(sizes)])
+    device = packed.offsets.device
+    return [
+        Packed.layout_of(n, 1, device, packed.max_length).with_rows(r) for n, r in zip(lengths, rows, strict=False)
+    ]
+
+
+def take(packed: Packed, index: Sequence[int]) -> Packed:
+    """Sequences by host index, in that order, repeated where asked."""
+    sequences = packed.unpack()
+    return Packed.of([sequences[i] for i in index])
+
+
+def _nothing(like: Packed) -> Packed:
+    """Contexts of length 0, one for each sequence of `like`."""
+    return Packed.layout_of([0] * like.sequences, 1, like.offsets.device).with_rows(like.rows[:0])
+
+
+def _bare_step(images: Packed, texts: Packed, row_multiple: int) -> Step:
+    """A step without a batch, around rows already encoded."""
+    none = torch.zeros(0)
+    batch = Batch(none, texts, none, none, none, [], ())
+    return Step(batch, 0, row_multiple, Choices(), {View.IMAGE_CLEAN: images, View.TEXT_CLEAN: texts})
