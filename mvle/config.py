@@ -32,13 +32,18 @@ from .objectives.config import ObjectivesConfig
 from .objectives.masking import MaskingConfig
 from .section import Section
 
-# A resumed run may differ in these: they change neither what is learned nor in which order. batch.micro is looked at
-# apart, through BatchArithmetic.contrast.
+# A resumed run may differ in these: they change neither what is learned nor in which order. Two are looked at apart:
+# where the shards are, through their fingerprint, and batch.micro, through BatchArithmetic.contrast.
 FREE_ON_RESUME = (
     "run.folder",
     "run.device",
     "run.threads",
+    "data.train",
+    "data.val",
+    "data.test",
+    "data.shapes_folder",
     "data.threads",
+    "data.max_bad_share",
     "batch.micro",
     "parallel",
     "checkpoint",
@@ -177,10 +182,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
 def cross_checks(config: Config) -> Iterator[str]:
     """One message for each impossible combination of sections. Ranks are known only at run time: see `check_ranks`."""
     batch, image, masking, schedule = config.batch, config.model.image, config.masking, config.schedule
-    if batch.total % config.data.slots:
+    slots = config.data.slots_for(batch.total)
+    if batch.total % slots:
         yield (
-            f"batch.total must be a multiple of data.slots ({config.data.slots}); got {batch.total}. "
-            f"Set data.slots to a divisor of it, such as {math.gcd(batch.total, config.data.slots)}."
+            f"data.slots must divide batch.total ({batch.total}); got {slots}. "
+            f"Set it to a divisor, such as {math.gcd(batch.total, slots)}, or null."
         )
     if batch.micro is not None and batch.total % batch.micro:
         yield (
@@ -249,7 +255,8 @@ class BatchArithmetic:
 
 def check_ranks(config: Config, ranks: int) -> BatchArithmetic:
     """How `ranks` ranks share a step. Raises ConfigError where they cannot."""
-    total, slots, per_rank = config.batch.total, config.data.slots, config.batch.total // ranks
+    total, per_rank = config.batch.total, config.batch.total // ranks
+    slots = config.data.slots_for(total)
     micro = config.batch.micro or max(per_rank, 1)
     problems = []
     if total % ranks:

@@ -138,8 +138,8 @@ class Plain:
         """uint8 [B, height, width, 3] -> normalised patches [B, N, X], values ordered (row, column, channel)."""
         image = self.config.model.image
         B, p, (rows, columns) = len(images), image.patch, image.grid
-        like = {"dtype": self.weights["image_encoder.positions"].dtype, "device": images.device}
-        x = (images.to(like["dtype"]) / 255 - torch.tensor(image.mean, **like)) / torch.tensor(image.std, **like)
+        x = images.to(self.weights["image_encoder.positions"].dtype) / 255
+        x = (x - x.new_tensor(image.mean)) / x.new_tensor(image.std)
         return x.reshape(B, rows, p, columns, p, 3).permute(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, p * p * 3)
 
     def image_encoder(self, images: Tensor, masked_BN: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -176,9 +176,7 @@ class Plain:
 
     # ---- cross encoders and decoder ---------------------------------------------------------------------------------
 
-    def cross(
-        self, stage: str, x: Tensor, real: Tensor | None, context: Tensor, context_real: Tensor | None
-    ) -> Tensor:
+    def cross(self, stage: str, x: Tensor, real: Tensor | None, context: Tensor, context_real: Tensor | None) -> Tensor:
         """G_i, G_t or D: rows [B, L, D] that read the other side's rows [B, L', D] in every block."""
         depth = self.config.model.decoder_depth if stage == "decoder" else self.config.model.cross_depth
         for i in range(depth):
@@ -249,7 +247,7 @@ class Plain:
             (image[other_image], text, real, 0, valid),
             (image, text[other_text], real[other_text], 0, valid),
         )
-        total, asked = image.new_zeros(()), 0
+        total, asked = image.new_zeros(()), torch.zeros_like(valid[0], dtype=torch.long)
         for i, t, t_real, label, counted in questions:
             g_i = self.cross("image_cross", i, None, t, t_real)[:, 0]
             g_t = self.cross("text_cross", t, t_real, i, None)[:, 0]

@@ -65,7 +65,7 @@ def segments_of(lengths: Sequence[int] | None, sequences: int) -> list[tuple[int
             runs.append((start, s))
             start = s
     long = max(4, sequences // 8)
-    merged: list[tuple[int, int]] = []
+    merged: list[tuple[int, int, bool]] = []
     for a, b in runs:
         short = b - a < long
         if merged and short and merged[-1][2]:
@@ -118,8 +118,6 @@ def _zeros_of(q: Tensor) -> Tensor:
 # ---- reference ------------------------------------------------------------------------------------------------------
 
 
-
-
 def _reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     compute = torch.promote_types(q.dtype, torch.float32)
     q_ends, k_ends = plan.q.offsets.tolist(), plan.k.offsets.tolist()
@@ -159,7 +157,7 @@ class _Take(torch.autograd.Function):
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    if plan.k.total == 0 or padded_length(plan.k) == 0 or plan.q.total == 0:
+    if 0 in (plan.k.total, padded_length(plan.k), plan.q.total, padded_length(plan.q)):
         return _zeros_of(q)
     whole = len(plan.segments) == 1
     cut = plan.segments[0].k is not None  # keys are cut like the queries

@@ -33,8 +33,8 @@ def gather(x: Tensor, group: Any) -> Tensor:
     return collect(x.contiguous(), 0, group)
 
 
-@CONTRASTIVE.register("dense", "two plain products")
 @CONTRASTIVE.register("reference", "two plain products")
+@CONTRASTIVE.register("dense", "two plain products")  # applied bottom up: dense is asked first
 def _loss(
     image: Tensor, text: Tensor, temperature: Tensor, image_ids: Tensor, text_ids: Tensor, group: Any
 ) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,8 @@ def padded_length(layout: Packed) -> int:
 
 def pad_index(layout: Packed) -> tuple[Tensor, Tensor]:
     """(rows int64 [S * L], valid bool [S, L]). A slot past the end of a sequence repeats the sequence's own last row,
-    so that a broken sequence cannot leak into another through the padding."""
+    so that a broken sequence cannot leak into another through the padding. The slots of an empty sequence point at rows
+    of others: whoever gathers puts zeros there (`may_be_empty`)."""
     if "pad_index" not in layout.cache:
         offsets = layout.offsets.long()
         slots = torch.arange(padded_length(layout), device=offsets.device)
@@ -53,8 +54,13 @@ def has_tail(layout: Packed) -> bool:
     return layout.lengths is None or sum(layout.lengths) < layout.total
 
 
+def may_be_empty(layout: Packed) -> bool:
+    """Whether some sequence may have no rows (always possible where lengths are unknown)."""
+    return layout.lengths is None or 0 in layout.lengths
+
+
 def _where(rows: Tensor, real: Tensor) -> Tensor:
-    return torch.where(real.view(-1, *[1] * (rows.dim() - 1)), rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+    return torch.where(real.view(-1, *[1] * (rows.dim() - 1)), rows, rows.new_zeros(()))
 
 
 class _Pad(torch.autograd.Function):
@@ -62,7 +68,8 @@ class _Pad(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, layout: Packed) -> Tensor:
         ctx.layout = layout
         index, valid = pad_index(layout)
-        return rows.index_select(0, index).view(*valid.shape, *rows.shape[1:])
+        padded = rows.index_select(0, index).view(*valid.shape, *rows.shape[1:])
+        return _where(padded, valid[:, 0]) if may_be_empty(layout) else padded
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -87,7 +94,8 @@ class _Unpad(torch.autograd.Function):
 
 
 def pad(rows: Tensor, layout: Packed) -> Tensor:
-    """[T, ...] -> [S, L, ...]. Slots past a sequence's end hold a copy of its last row: mask them before use."""
+    """[T, ...] -> [S, L, ...]. Slots past a sequence's end hold a copy of its last row (zeros if it has none):
+    mask them before use."""
     if (length := equal_length(layout)) is not None:
         return rows[: layout.sequences * length].unflatten(0, (layout.sequences, length))
     if layout.sequences == 0 or layout.total == 0 or padded_length(layout) == 0:

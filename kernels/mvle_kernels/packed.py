@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class Packed:
         if self.lengths is None:
             raise ValueError("unpack needs lengths on the host; this Packed was drawn on the device.")
         ends = [0, *accumulate(self.lengths)]
-        return [self.rows[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        return [self.rows[a:b] for a, b in pairwise(ends)]
 
     def slice(self, start: int, stop: int, row_multiple: int = 1) -> Packed:
         """Sequences start .. stop as a Packed of their own (a micro-batch). Needs lengths on the host."""
@@ -86,8 +86,8 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """A copy on another device (asynchronous from pinned memory)."""
-        move = {"device": device, "non_blocking": True}
-        return replace(self, rows=self.rows.to(**move), offsets=self.offsets.to(**move), cache={})
+        rows, offsets = (x.to(device, non_blocking=True) for x in (self.rows, self.offsets))
+        return replace(self, rows=rows, offsets=offsets, cache={})
 
 
 def row_index(layout: Packed) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +115,5 @@ def concatenate(parts: Sequence[Packed], row_multiple: int = 1) -> Packed:
     offsets = [p.offsets[(1 if i else 0) :] + starts[i] for i, p in enumerate(parts)]
     lengths = None
     if parts[-1].lengths is not None:
-        lengths = tuple(n for p in parts for n in p.lengths)
-    return Packed(
-        torch.cat([*pieces, tail]), torch.cat(offsets), lengths, max(p.max_length for p in parts), total
-    )
+        lengths = tuple(n for p in parts for n in p.lengths or ())
+    return Packed(torch.cat([*pieces, tail]), torch.cat(offsets), lengths, max(p.max_length for p in parts), total)

@@ -37,8 +37,8 @@ def as_patches(images: Tensor, patch: int) -> Tensor:
     return images.view(B, height // patch, patch, width // patch, patch, channels).transpose(2, 3)
 
 
-@PATCHIFY.register("dense", "one plain torch pass is the fastest on a CPU")
 @PATCHIFY.register("reference", "plain torch")
+@PATCHIFY.register("dense", "one plain torch pass is the fastest on a CPU")  # applied bottom up: dense is asked first
 def _patchify(
     images: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
@@ -141,7 +141,7 @@ def _embed_views_reference(
                 assert masked is not None
                 for n in masked.unpack()[b].tolist():
                     rows[n] = mask_token
-            chosen = range(len(rows))
+            chosen: Sequence[int] = range(len(rows))
             if view == "drop":
                 assert keep is not None
                 chosen = keep.unpack()[b].tolist()

@@ -29,7 +29,7 @@ def _distance(prediction: Tensor, target: Tensor, real: Tensor, kind: str, per_p
     if per_patch:
         mean = target.mean(-1, keepdim=True)
         target = (target - mean) / torch.sqrt(target.var(-1, keepdim=True, unbiased=True) + 1e-6)
-    d = torch.where(real[:, None], prediction.to(compute) - target, torch.zeros((), dtype=compute, device=target.device))
+    d = torch.where(real[:, None], prediction.to(compute) - target, target.new_zeros(()))
     if kind == "l1":
         return d.abs().sum()
     if kind == "mse":

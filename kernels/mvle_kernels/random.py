@@ -70,6 +70,9 @@ def words(seed: int, stream: int, ids: Any, count: int) -> Any:
 
     Word w of an id is lane w % 4 of the Philox block with index w // 4.
     """
+    blocks: Any
+    stack: Any
+    zero: Any
     if isinstance(ids, Tensor):
         blocks = torch.arange((count + 3) // 4, device=ids.device, dtype=torch.int64)
         stack, zero = torch.stack, torch.zeros_like
@@ -93,6 +96,8 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 def uniform(drawn: Any) -> Any:
     """32-bit words -> float64 in the open interval (0, 1)."""
+    if isinstance(drawn, Tensor):
+        drawn = drawn.double()  # an integer tensor plus 0.5 would be float32, where the largest words round to 1
     return (drawn + 0.5) / 4294967296.0
 
 
@@ -148,7 +153,7 @@ def pack_patch_mask(masked_BN: Tensor, counts: Sequence[int], row_multiple: int 
         layout = Packed.layout_of(lengths, row_multiple, masked_BN.device, max_length=patches)
         sequence, position, real = row_index(layout)
         if start is not None:
-            position = position + torch.tensor(start + (0,), device=order.device)[sequence]
+            position = position + torch.tensor((*start, 0), device=order.device)[sequence]
         rows = order[sequence.clamp(max=max(len(lengths) - 1, 0)), position.clamp(max=patches - 1)]
         packed.append(layout.with_rows((rows * real).to(torch.int32)))
     return packed[0], packed[1]

@@ -1,6 +1,6 @@
 """Linear + cross-entropy of masked words: logits exist for the masked rows only, and become their own gradient.
 
-Math     z = x W^T + b over the first `vocabulary` rows of W;   loss = sum over rows with a target of logsumexp(z) - z_t.
+Math     z = x W^T + b over the first `vocabulary` rows of W;   loss = sum over rows with a target: logsumexp(z) - z_t.
          dz = softmax(z) - onehot(t);  dx = dz W;  dW = dz^T x;  db = sum dz.
 Cost     three products of 2 R C D FLOPs; one logits buffer of R C, overwritten by its gradient in the forward.
 Exact    float32 accumulation (float64 stays float64); ignored rows get zero gradient; the padded vocabulary tail (so
@@ -75,7 +75,8 @@ def _reference(
     rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int, vocabulary: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.promote_types(rows.dtype, torch.float32)
-    z = F.linear(rows.to(compute), weight[:vocabulary].to(compute), None if bias is None else bias[:vocabulary].to(compute))
+    scored = None if bias is None else bias[:vocabulary].to(compute)
+    z = F.linear(rows.to(compute), weight[:vocabulary].to(compute), scored)
     real = targets != ignore
     loss = F.cross_entropy(z, targets.long(), ignore_index=ignore, reduction="sum")
     return loss, real.sum(), ((z.argmax(1) == targets) & real).sum() if len(z) else real.sum()

@@ -1,4 +1,4 @@
-"""What is known of a caption from its words alone: its id, whether a mirrored image would make it false, its colours."""
+"""What the words of a caption tell: its id, whether a mirrored image would make it false, whether it names a colour."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES_COLOUR = 2
 # "right now" is caught too: an unflipped image costs nothing, a false caption does.
 _SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand|handed|side)?\b", re.IGNORECASE)
 _COLOURS = re.compile(
-    r"\b(?:red|green|blue|yellow|orange|purple|violet|pink|brown|black|white|gr[ae]y|cyan|magenta|turquoise|teal|maroon|"
+    r"\b(?:red(?:d(?=ish))?|green|blue|yellow|orange|purple|violet|pink|brown|black|white|gr[ae]y|cyan|magenta|turquoise|teal|maroon|"
     r"beige|tan|golden|gold|silver|crimson|scarlet|navy|lavender|olive)(?:ish)?\b",
     re.IGNORECASE,
 )
@@ -62,4 +62,4 @@ def captions_of(components: Mapping[str, bytes], field: str | None) -> list[str]
         captions = [" ".join(text.split()) for text in texts if isinstance(text, str)]
         if captions := [text for text in captions if text]:
             return captions
-    raise CaptionError(f"it has no caption ({field or 'captions or caption in its .json, or a .txt'})")
+    raise CaptionError(f"nothing in {field or 'captions or caption of its .json, nor in a .txt'}")

@@ -1,7 +1,7 @@
 """Encoded bytes -> upright RGB pixels, or a DecodeError that says why not. Used by the index, the loader, inference.
 
-JPEG goes through torchvision (0.20 ms for a 176-pixel photo; Pillow 0.35). Everything else goes through Pillow: PNG too,
-because torchvision 0.29 ends the *process* on a PNG with a bad filter byte, and gains only a quarter there.
+JPEG goes through torchvision (0.20 ms for a 176-pixel photo; Pillow 0.35). Everything else goes through Pillow, PNG
+too: torchvision 0.29 ends the *process* on a PNG with a bad filter byte, and gains only a quarter there.
 What one gets, whichever decoder ran:
 
     EXIF orientation   applied: `width`, `height` and windows are in displayed coordinates
@@ -80,6 +80,12 @@ def decode_mask_window(data: bytes, window: Window | None, size: int, max_pixels
     return (pixels[rows // (2 * size)][:, columns // (2 * size)] > 127).astype(np.uint8)
 
 
+def prepare_pixels(image: Any, size: int) -> Pixels:
+    """An upright Pillow image of any mode -> uint8 [size, size, 3]: what `decode_window` without a window gives."""
+    pixels = crop(_to_rgb(image), None)
+    return np.ascontiguousarray(pixels if pixels.shape[:2] == (size, size) else _resize(pixels, size))
+
+
 def centred_square(width: int, height: int) -> Window:
     """The largest square in the middle: what "resize the shorter side, then crop the centre" shows."""
     side = min(width, height)
@@ -90,7 +96,7 @@ def crop(pixels: Pixels, window: Window | None) -> Pixels:
     """The window of [height, width, ...] as a view; None: the largest centred square."""
     height, width = pixels.shape[:2]
     y, x, h, w = window or centred_square(width, height)
-    if not (0 <= y and 0 <= x and h > 0 and w > 0 and y + h <= height and x + w <= width):
+    if min(y, x) < 0 or min(h, w) < 1 or y + h > height or x + w > width:
         raise ValueError(f"window must lie inside the image ({height} x {width}); got y, x, height, width = {window}.")
     return pixels[y : y + h, x : x + w]
 
@@ -101,6 +107,9 @@ def examine_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[ImageInfo,
         raise DecodeError("the file is empty")
     if data[:3] == b"\xff\xd8\xff":
         return _decode_jpeg(data, max_pixels)
+    if data[:4] == b"GIF8" and len(data) >= 10:
+        width, height = struct.unpack_from("<HH", data, 6)
+        _check_bound(width, height, max_pixels)
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         _check_png(data, max_pixels)
         return _decode_pillow(data, max_pixels, None, ("PNG",))
@@ -159,7 +168,7 @@ def jpeg_header(data: bytes) -> tuple[int, int, int, int, int] | None:
 
 
 def exif_orientation(tiff: bytes) -> int:
-    """The orientation tag of an EXIF block (a TIFF header and its first directory); 1 where it has none or is damaged."""
+    """The orientation in an EXIF block (a TIFF header and its first directory); 1 where it has none or is damaged."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None or len(tiff) < 8:
         return 1
@@ -196,7 +205,8 @@ def _check_png(data: bytes, max_pixels: int) -> None:
     """Every chunk there, in one piece, up to the end mark. Pillow alone would show a cut file as if it were whole."""
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise DecodeError("a PNG without a header")
-    _check_bound(*struct.unpack_from(">II", data, 16), max_pixels)
+    width, height = struct.unpack_from(">II", data, 16)
+    _check_bound(width, height, max_pixels)
     position = 8
     while position + 12 <= len(data):
         length = int.from_bytes(data[position : position + 4], "big")
@@ -283,10 +293,9 @@ def _check_bound(width: int, height: int, max_pixels: int) -> None:
 
 
 def _resize(pixels: Pixels, size: int) -> Pixels:
-    if min(pixels.strides) < 0:  # a turned photo; torch wants strides that go forward
-        pixels = np.ascontiguousarray(pixels)
-    elif not pixels.flags.writeable:  # Pillow lends its buffer; torch warns of one that it could write to
-        pixels = pixels.copy()
+    # numpy makes the copy, not torch, whose copy of a strided window opens a parallel region: with two intra-op
+    # threads beside a busy model that took 10 ms instead of 0.1. Of Pillow's read-only buffers torch warns.
+    pixels = np.ascontiguousarray(pixels) if pixels.flags.writeable else pixels.copy()
     stored = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(stored, size=(size, size), mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from .captions import bytes_id
 from .columns import read_columns
+from .errors import DataError
 from .patterns import expand_pattern
 from .reader import ShardReader
-from .tar import DataError
 
 VERSION = 1
 HEADER = "mvle.index"
@@ -39,7 +39,6 @@ def index_path(shard: str | os.PathLike[str]) -> Path:
 def index_command(paths: Sequence[str]) -> str:
     """The command that makes the missing indexes."""
     return f"python -m mvle.data index {' '.join(p if '*' in p or '{' in p else shlex.quote(p) for p in paths)}"
-
 
 
 class ShardIndex:
@@ -103,7 +102,9 @@ class ShardSet:
         self.pairs = sum(index.pairs for index in self.indexes)
         if self.images == 0:
             names = ", ".join(str(index.path) for index in self.indexes[:3])
-            raise DataError(f"these shards hold no usable image ({names}). See why: python -m mvle.data inspect {names}")
+            raise DataError(
+                f"these shards hold no usable image ({names}). See why: python -m mvle.data inspect {names}"
+            )
 
     @staticmethod
     def open(
@@ -170,7 +171,7 @@ class ShardSet:
 
     def caption_count(self, row: int) -> int:
         """How many captions the image has; at least one."""
-        shard, first, last = self._caption_range(row)
+        _, first, last = self._caption_range(row)
         return last - first
 
     def captions(self, row: int) -> list[str]:

@@ -5,9 +5,10 @@ Called by `python -m mvle.data index` and by the shapes demo set. What the colum
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from .captions import CaptionError, bytes_id, caption_flags, captions_of, text_id
 from .columns import pack_strings, write_columns
-from .decode import FORMATS, MAX_PIXELS, DecodeError, ImageInfo, examine_image
+from .decode import FORMATS, MAX_PIXELS, DecodeError, ImageInfo, PixelBoundError, examine_image
 from .index import HEADER, VERSION, ShardIndex, index_path
 from .reader import ShardReader
 from .tar import Member, members, split_name
@@ -36,7 +37,6 @@ class _Row(NamedTuple):
     image_id: int
     captions: list[str]
     extras: dict[str, Member]
-
 
 
 def index_shard(
@@ -107,25 +107,35 @@ def _groups(shard: Path) -> Iterator[_Group]:
         yield _Group(key, components)
 
 
-def _examine(
-    reader: ShardReader, group: _Group, caption_field: str | None, max_pixels: int
-) -> _Row | tuple[str, str]:
+def _examine(reader: ShardReader, group: _Group, caption_field: str | None, max_pixels: int) -> _Row | tuple[str, str]:
     """The row of a pair, or (key, why it is left out)."""
     parts = group.components
     suffix = next((s for s in IMAGE_SUFFIXES if s in parts), None)
     if suffix is None:
         return group.key, f"no image among its parts ({', '.join(sorted(parts))})"
-    texts = {s: reader.read(0, parts[s].offset, parts[s].size) for s in ("json", "txt") if s in parts}
+    texts: dict[str, bytes] = {s: reader.read(0, parts[s].offset, parts[s].size) for s in ("json", "txt") if s in parts}
     data = reader.read(0, parts[suffix].offset, parts[suffix].size)
     try:
         captions = captions_of(texts, caption_field)
         info, _ = examine_image(data, max_pixels)
     except CaptionError as error:
-        return group.key, f"no caption: {error}"
+        return group.key, f"no caption: {error}{_origin(texts)}"
+    except PixelBoundError as error:
+        return group.key, f"over the pixel bound: {error}{_origin(texts)}"
     except DecodeError as error:
-        return group.key, f"undecodable: {error}"
+        return group.key, f"undecodable: {error}{_origin(texts)}"
     extras = {s: member for s, member in parts.items() if s != suffix}
     return _Row(group.key, parts[suffix], info, zlib.crc32(data), bytes_id(data), captions, extras)
+
+
+def _origin(texts: Mapping[str, bytes]) -> str:
+    """The name that the image had before it was packed, if its JSON says so: people look for that one."""
+    try:
+        record = json.loads(texts.get("json", b"null"))
+    except (ValueError, RecursionError):
+        return ""
+    name = record.get("id") if isinstance(record, dict) else None
+    return f" ({name})" if isinstance(name, str) else ""
 
 
 def _columns(rows: list[_Row]) -> dict[str, NDArray[Any]]:

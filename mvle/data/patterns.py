@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from .tar import DataError
+from .errors import DataError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -19,7 +19,9 @@ def expand_pattern(pattern: str) -> list[Path]:
     for name in _expand_braces(pattern):
         matches = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else [name]
         if not matches:
-            raise DataError(f"no shard matches {name} (from {Path.cwd()}). Make shards: python -m mvle.data pack --help")
+            raise DataError(
+                f"no shard matches {name} (from {Path.cwd()}). Make shards: python -m mvle.data pack --help"
+            )
         for match in matches:
             if not os.path.isfile(match):
                 raise DataError(f"there is no shard {match} (from {Path.cwd()}), which {pattern} names.")

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from .captions import NO_FLIP
 from .decode import Window
-from .tar import DataError
+from .errors import DataError
 
 Integers = NDArray[np.int64]
 
@@ -119,6 +119,23 @@ class SamplingPlan:
         self._windows: OrderedDict[tuple[int, int], Integers] = OrderedDict()
         self._cached_windows = 2 * slots + 2
         self._epochs: OrderedDict[int, tuple[Integers, Integers]] = OrderedDict()
+
+    @staticmethod
+    def build(config: Any, shards: Rows) -> SamplingPlan:
+        """The plan of a run. config: the root config (sections run, data, masking, batch)."""
+        data = config.data
+        return SamplingPlan(
+            shards,
+            seed=config.run.seed,
+            batch_total=config.batch.total,
+            slots=data.slots_for(config.batch.total),
+            image_ratio=config.masking.image_ratio,
+            fraction=data.fraction,
+            window=data.window,
+            crop_scale=data.crop_scale,
+            crop_aspect=data.crop_aspect,
+            flip=data.flip,
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -222,7 +239,9 @@ class SamplingPlan:
             flip = self.flip and bool(drawn[i, 0] & 1) and not shards.flags(row, caption) & NO_FLIP
             y, x, height, width = (int(v) for v in windows[i])
             a, b, c, d = (int(v) for v in extra[i])
-            draws.append(Draw(int(counters[i]), row, caption, (y, x, height, width), flip, float(ratios[i]), (a, b, c, d)))
+            draws.append(
+                Draw(int(counters[i]), row, caption, (y, x, height, width), flip, float(ratios[i]), (a, b, c, d))
+            )
         return draws
 
 

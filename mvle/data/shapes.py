@@ -32,11 +32,12 @@ import numpy as np
 from mvle_kernels.random import Stream, uniform, words
 from numpy.typing import NDArray
 
-from .tar import DataError, TarWriter
+from .errors import DataError
+from .tar import TarWriter
 
 SIZE = 64
-BACKGROUND = (24, 24, 28)  # RGB, 0..255; evaluation paints it where a model would know nothing
-NOISE = 2  # levels either side, at most
+BACKGROUND = (24, 24, 24)  # RGB, 0..255; evaluation paints it where a model would know nothing
+NOISE = 2  # levels of grey noise, at most
 COLOURS = {
     "red": (226, 52, 52), "green": (52, 190, 74), "blue": (64, 92, 240), "yellow": (240, 220, 64),
     "purple": (186, 72, 216), "cyan": (64, 216, 226),
@@ -96,6 +97,8 @@ def _build(home: Path, captions: str) -> None:
     """Draw and index everything under a temporary name, then rename. Other processes wait for the one that draws."""
     import fcntl
 
+    from .indexing import index_shard
+
     home.parent.mkdir(parents=True, exist_ok=True)
     with open(home.parent / f".{captions}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -107,8 +110,12 @@ def _build(home: Path, captions: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            for split, scenes in split_scenes().items():
-                _write_split(temporary, split, scenes, captions)
+            with ThreadPoolExecutor(1) as indexer:  # indexes a shard while the next one is drawn
+                written = (
+                    path for split in split_scenes().items() for path in _write_split(temporary, *split, captions)
+                )
+                for indexed in [indexer.submit(index_shard, path, threads=1) for path in written]:
+                    indexed.result()
             (temporary / "shapes.json").write_text(json.dumps(_parameters(captions), indent=1))
             if home.exists():
                 shutil.rmtree(home)
@@ -117,9 +124,8 @@ def _build(home: Path, captions: str) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_split(folder: Path, split: str, scenes: Scenes, captions: str) -> None:
-    from .indexing import index_shard
-
+def _write_split(folder: Path, split: str, scenes: Scenes, captions: str) -> Iterator[Path]:
+    """Write the shards of a split, one by one."""
     first = {name: 1_000_000 * i for i, name in enumerate(SPLITS)}[split]  # ids of random numbers: none shared
     for shard, start in enumerate(range(0, len(scenes), SHARD_IMAGES)):
         path = folder / f"{split}-{shard:05d}.tar"
@@ -127,7 +133,7 @@ def _write_split(folder: Path, split: str, scenes: Scenes, captions: str) -> Non
             for key, parts in _pairs(scenes[start : start + SHARD_IMAGES], first + start, split, captions):
                 for suffix, data in parts.items():
                     tar.add(f"{key}.{suffix}", data)
-        index_shard(path)
+        yield path
 
 
 def _pairs(scenes: Scenes, first: int, split: str, captions: str) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -139,17 +145,20 @@ def _pairs(scenes: Scenes, first: int, split: str, captions: str) -> Iterator[tu
             objects = place(scenes[at : at + 500], ids)
             pixels, masks = draw(objects, ids)
             encoded = pool.map(lambda many: [png(one) for one in many], [*np.array_split(pixels, 4), masks])
-            *images, drawn = list(encoded)
-            images = [image for part in images for image in part]
+            *quarters, drawn = list(encoded)
+            images = [image for quarter in quarters for image in quarter]
             noise = words(_SEED, Stream.CAPTION, ids, 8)
             for i, found in enumerate(objects):
                 record = {"captions": describe(found, noise[i], captions), "id": f"{split}-{ids[i]}"}
-                yield f"{split}{ids[i]:08d}", {
-                    "png": images[i],
-                    "json": json.dumps(record).encode(),
-                    "scene.json": json.dumps({"objects": found, "words": known}).encode(),
-                    "objects.png": drawn[i],
-                }
+                yield (
+                    f"{split}{ids[i]:08d}",
+                    {
+                        "png": images[i],
+                        "json": json.dumps(record).encode(),
+                        "scene.json": json.dumps({"objects": found, "words": known}).encode(),
+                        "objects.png": drawn[i],
+                    },
+                )
 
 
 # --- scenes ----------------------------------------------------------------------------------------------------------
@@ -237,26 +246,32 @@ def draw(
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Pictures uint8 [n, 64, 64, 3] and masks of object pixels uint8 [n, 64, 64] (255 = object)."""
     n, tile = len(placed), SIZE // 2
-    images = np.empty((n, SIZE, SIZE, 3), np.float32)
+    ground = np.array(BACKGROUND, np.float32)
+    images = np.empty((n, SIZE, SIZE, 3), np.int16)
     images[:] = BACKGROUND
     masks = np.zeros((n, SIZE, SIZE), np.uint8)
+    image_tiles, mask_tiles = images.reshape(n, 2, tile, 2, tile, 3), masks.reshape(n, 2, tile, 2, tile)
     for shape in SHAPES:
-        where = [(i, o) for i, objects in enumerate(placed) for o in objects if o["shape"] == shape]
-        if not where:
+        found = [(i, o) for i, objects in enumerate(placed) for o in objects if o["shape"] == shape]
+        if not found:
             continue
-        corner = [(int(o["y"] // tile) * tile, int(o["x"] // tile) * tile) for _, o in where]
-        dy = np.arange(tile) + 0.5 - np.array([[o["y"] - c[0]] for (_, o), c in zip(where, corner, strict=True)])
-        dx = np.arange(tile) + 0.5 - np.array([[o["x"] - c[1]] for (_, o), c in zip(where, corner, strict=True)])
-        radius = np.array([o["radius"] for _, o in where], np.float32)[:, None, None]
-        distance = _distance(shape, dx.astype(np.float32)[:, None, :], dy.astype(np.float32)[:, :, None], radius)
-        cover = np.clip(0.5 - distance, 0, 1)  # share of the pixel inside the shape
-        for (i, o), (top, left), c in zip(where, corner, cover, strict=True):
-            at = images[i, top : top + tile, left : left + tile]
-            at += c[:, :, None] * (np.array(COLOURS[o["colour"]], np.float32) - at)
-            masks[i, top : top + tile, left : left + tile] = (c >= 0.5) * np.uint8(255)
-    raw = np.stack([np.random.Philox(key=(_SEED << 64) | int(i)).random_raw(SIZE * SIZE * 3 // 8) for i in ids])
-    noise = (raw.view(np.uint8).reshape(images.shape) & (2 * NOISE - 1)).astype(np.float32) - NOISE
-    return np.clip(np.rint(images) + noise, 0, 255).astype(np.uint8), masks
+        y, x, radius = np.array([[o["y"], o["x"], o["radius"]] for _, o in found], np.float32).T[:, :, None, None]
+        colour = np.array([COLOURS[o["colour"]] for _, o in found], np.float32)[:, None, None]
+        steps = np.arange(tile, dtype=np.float32) + 0.5
+        cover = np.clip(0.5 - _distance(shape, steps - x % tile, steps[:, None] - y % tile, radius), 0, 1)
+        # One object a quadrant, so every tile is painted once.
+        i, down, across = (
+            np.array([i for i, _ in found]),
+            (y // tile).astype(int).ravel(),
+            (x // tile).astype(int).ravel(),
+        )
+        tiles = np.rint(ground + cover[..., None] * (colour - ground))
+        image_tiles[i, down, :, across] = tiles.astype(np.int16)
+        mask_tiles[i, down, :, across] = (cover >= 0.5) * np.uint8(255)
+    # The bare bit stream of numpy's Philox: numpy promises that it never changes, which it does not of distributions.
+    raw = np.stack([np.random.Philox(key=(_SEED << 64) | int(i)).random_raw(SIZE * SIZE // 8) for i in ids])
+    noise = (raw.view(np.uint8).reshape(n, SIZE, SIZE, 1) & (2 * NOISE - 1)).astype(np.int16) - NOISE
+    return (images + noise).clip(0, 255).astype(np.uint8), masks
 
 
 def _distance(
@@ -277,13 +292,12 @@ def _distance(
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
-    """A PNG of uint8 [height, width, 3] or [height, width]: no filter and run lengths alone, for speed."""
+    """A PNG of uint8 [height, width, 3] or [height, width]: no filter, light compression (0.1 ms)."""
     height, width = pixels.shape[:2]
     lines = np.zeros((height, 1 + pixels[0].size), np.uint8)
     lines[:, 1:] = pixels.reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
-    body = packer.compress(lines.tobytes()) + packer.flush()
+    body = zlib.compress(lines.tobytes(), 1)
     chunks = ((b"IHDR", header), (b"IDAT", body), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks

@@ -13,11 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple
 
+from .errors import DataError
+
 BLOCK = 512
-
-
-class DataError(ValueError):
-    """Data that cannot be used as it is; the message says how to mend it."""
 
 
 class Member(NamedTuple):
@@ -40,6 +38,8 @@ def members(path: str | os.PathLike[str]) -> Iterator[Member]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         position, long_name = 0, None
+        if size < BLOCK:
+            raise DataError(_damage(path, 0, file.read()))
         while position + BLOCK <= size:
             file.seek(position)
             header = file.read(BLOCK)
@@ -52,8 +52,8 @@ def members(path: str | os.PathLike[str]) -> Iterator[Member]:
             position = start + -(-length // BLOCK) * BLOCK
             if start + length > size:
                 raise DataError(
-                    f"{path} is cut off: a member at byte {start - BLOCK} needs {length} bytes, and the file ends after "
-                    f"{size}. Fetch or pack the shard again."
+                    f"{path} is cut off: a member at byte {start - BLOCK} needs {length} bytes, and the file ends "
+                    f"after {size}. Fetch or pack the shard again."
                 )
             if kind == b"L":  # GNU: the name of the next member
                 long_name = file.read(length).rstrip(b"\0").decode("utf-8", "surrogateescape")
@@ -86,7 +86,7 @@ def _number(field: bytes) -> int | None:
 
 
 def _checksum_holds(header: bytes) -> bool:
-    return _number(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * 32
+    return _number(header[148:156]) == sum(header[:148]) + sum(header[156:]) + 8 * 32
 
 
 def _damage(path: str | os.PathLike[str], position: int, header: bytes) -> str:
@@ -118,7 +118,7 @@ class TarWriter:
         self.path = Path(path)
         self.size = 0
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._file: IO[bytes] = open(self._temporary, "wb")  # noqa: SIM115: closed in __exit__
+        self._file: IO[bytes] = open(self._temporary, "wb")  # noqa: SIM115 (closed in __exit__)
 
     def __enter__(self) -> TarWriter:
         return self

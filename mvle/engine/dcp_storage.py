@@ -15,6 +15,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from .checkpoint import CheckpointError
+
 # Plain data classes, and what tensors' sizes and layouts are made of. None of them acts when it is built.
 ALLOWED = {
     "collections": {"OrderedDict"},
@@ -34,7 +36,7 @@ ALLOWED = {
 }
 
 
-class UnsafeCheckpoint(ValueError):
+class UnsafeCheckpoint(CheckpointError):
     """A checkpoint that holds something other than tensors."""
 
 

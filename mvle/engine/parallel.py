@@ -28,6 +28,10 @@ TIMEOUT = timedelta(minutes=10)  # a rank that is silent for longer has died
 FORWARD_METHODS = ("encode_images", "encode_texts", "match", "fill", "reconstruct")  # entries beside `forward`
 
 
+class ParallelError(ValueError):
+    """Ranks, mesh and machine that do not fit one another."""
+
+
 class BatchConfig(Section):
     """How many pairs make a step."""
 
@@ -65,8 +69,8 @@ class Parallel:
     def start(cls, config: ParallelConfig, device: str = "auto") -> Parallel:
         """Read torchrun's environment (none: one rank) and join the others.
 
-        device is run.device. Raises ValueError, before anything is joined, where the config does not fit the ranks or
-        the machine, or where a process group exists already.
+        device is run.device. Raises ParallelError, before anything is joined, where the config does not fit the ranks
+        or the machine, or where a process group exists already.
         """
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", rank))
@@ -76,7 +80,7 @@ class Parallel:
         if device == "cuda":
             found = torch.cuda.device_count()
             if local >= found:
-                raise ValueError(
+                raise ParallelError(
                     f"run.device=cuda needs a GPU for each rank of a machine; got rank {local} and {found} GPUs. Start "
                     f"{max(found, 1)} ranks a machine, or set run.device=cpu."
                 )
@@ -88,7 +92,7 @@ class Parallel:
         from torch.distributed.device_mesh import init_device_mesh
 
         if dist.is_initialized():
-            raise ValueError("a process group exists already; Parallel makes its own and must be the only one.")
+            raise ParallelError("a process group exists already; Parallel makes its own and must be the only one.")
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, timeout=TIMEOUT)
@@ -203,16 +207,16 @@ class Parallel:
 
 
 def mesh_shape(config: ParallelConfig, ranks: int) -> tuple[int, int]:
-    """(replicate, shard) for a number of ranks. Raises ValueError where they do not multiply to it."""
+    """(replicate, shard) for a number of ranks. Raises ParallelError where they do not multiply to it."""
     replicate = config.replicate
     if ranks % replicate:
-        raise ValueError(
+        raise ParallelError(
             f"parallel.replicate must divide the number of ranks ({ranks}); got {replicate}. Without torchrun there is "
             "one rank."
         )
     shard = config.shard or ranks // replicate
     if replicate * shard != ranks:
-        raise ValueError(
+        raise ParallelError(
             f"parallel.replicate x parallel.shard must be the number of ranks ({ranks}); got {replicate} x {shard}. "
             f"Set parallel.shard={ranks // replicate}, or null."
         )

@@ -51,9 +51,9 @@ def words_by_partner(model: MaskVLM, split: Split, seed: int, device: Device) ->
     tallies = {name: Tally() for name in ("true", "wrong", "none")}
     for rows in split.chunks():
         batch, images = pairs_and_partners(split, rows, partners)
-        masked = mask_words(
-            model.config, seed, batch.pair_ids, batch.text, tokenizer.mask_id, tokenizer.vocabulary
-        ).to(device)
+        masked = mask_words(model.config, seed, batch.pair_ids, batch.text, tokenizer.mask_id, tokenizer.vocabulary).to(
+            device
+        )
         given = {"true": batch.images.to(device), "wrong": images.images.to(device), "none": None}
         for name, context in given.items():
             logits = model.fill(masked.text, masked.positions, context).float()

@@ -3,7 +3,7 @@
 R@k = share of queries whose right answer is among the first k. Rules, the same in both directions:
 
     several captions   Karpathy's protocol: an image is right if *any* of its captions is within k; each caption asks
-    equal ones         a caption that equals one of the image's captions, and an image with the same bytes, are right too
+    equal ones         a caption that equals one of the image's, and an image with the same bytes, are right too
     ties               count against the query: equal scores, or a NaN, never help
     reranking          the first k candidates by contrastive similarity s, in the order of s / temperature + m, where m
                        are the log-odds of the matching head; behind them the rest, as they were
@@ -26,7 +26,7 @@ from mvle_kernels import Packed
 from torch import Tensor
 
 from ..model.model import MaskVLM
-from .split import Split, SplitError
+from .split import Split
 
 CHUNK = 128  # queries whose scores exist at one time
 MATCHES = 256  # pairs of one call of the matching head
@@ -169,7 +169,8 @@ def reranked_ranks(
         parts = []
         for part in slices(len(queries)):
             similarity, truth = queries[part] @ candidates.T, right(part)
-            parts.append(rerank(similarity, truth, index[part], similarity.gather(1, index[part]) / temperature + match[part]))
+            scores = similarity.gather(1, index[part]) / temperature + match[part]
+            parts.append(rerank(similarity, truth, index[part], scores))
         ranks.append(torch.cat(parts))
     return ranks[0], ranks[1]
 

@@ -1,5 +1,6 @@
-"""Split: the first images of a set, with their captions, as every evaluation reads them.
+"""Split: images of a set with their captions, as every evaluation reads them.
 
+All images, or as many as asked for, chosen by evaluation.seed: the same ones whatever the model and the machine.
 One pair an image (its first caption) everywhere but in retrieval, which may rank all captions. Images are decoded
 upright, shorter side resized, centre cropped; chunk by chunk, so that a split of any size fits.
 """
@@ -19,7 +20,7 @@ from ..data.batch import Batch
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..data.shards import ShardSet
+    from ..data.index import ShardSet
     from ..data.tokenizer import Tokenizer
 
 CHUNK = 64  # pairs of one forward
@@ -31,7 +32,7 @@ class SplitError(ValueError):
 
 @dataclass(eq=False)
 class Split:
-    """Images 0 .. len - 1 of `shards`.
+    """Images 0 .. len - 1, which are `rows` of the shards, ascending.
 
     captions, text_ids   of each image, all of them · image_ids int64 hash of each image's bytes
     """
@@ -40,33 +41,38 @@ class Split:
     shards: ShardSet
     tokenizer: Tokenizer
     pairs: int  # at most so many images; 0: all
+    rows: list[int] = field(init=False)
     captions: list[list[str]] = field(init=False)
     text_ids: list[list[int]] = field(init=False)
     image_ids: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        rows = range(min(self.pairs or self.shards.images, self.shards.images))
-        self.captions = [self.shards.captions(row) for row in rows]
-        self.text_ids = [[self.shards.text_id(row, c) for c in range(len(self.captions[row]))] for row in rows]
-        self.image_ids = [self.shards.image_id(row) for row in rows]
+        from ..data.loader import evaluation_pairs
+
+        shards = self.shards
+        self.rows = evaluation_pairs(shards, self.pairs or shards.images, self.config.evaluation.seed).tolist()
+        self.captions = [shards.captions(row) for row in self.rows]
+        self.text_ids = [[shards.text_id(row, c) for c in range(shards.caption_count(row))] for row in self.rows]
+        self.image_ids = [shards.image_id(row) for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def chunks(self, size: int = CHUNK) -> Iterator[range]:
-        """The rows in order, `size` at a time."""
+        """Images in order, `size` at a time."""
         for start in range(0, len(self), size):
             yield range(start, min(start + size, len(self)))
 
-    def batch(self, rows: Sequence[int], extras: bool = False) -> Batch:
-        """Pairs (image, first caption) on the CPU, pair_ids = rows. extras: with what the set knows beside the pair."""
+    def batch(self, images: Sequence[int], extras: bool = False) -> Batch:
+        """Pairs (image, first caption) on the CPU; pair_ids are rows of the shards, so masks do not depend on the
+        number of pairs. extras: with what the set knows beside the pair."""
         from ..data.loader import evaluation_batch
 
         model = self.config.model
         return evaluation_batch(
             self.shards,
-            list(rows),
-            [0] * len(rows),
+            [self.rows[image] for image in images],
+            [0] * len(images),
             self.tokenizer,
             model.image.size,
             model.text.max_tokens,
@@ -84,22 +90,23 @@ class Split:
         """For each image: the next one of the split (around its end) that shares neither image nor caption with it."""
         known = [set(ids) for ids in self.text_ids]
         found = []
-        for row in range(len(self)):
+        for image in range(len(self)):
             for step in range(1, len(self)):
-                other = (row + step) % len(self)
-                if self.image_ids[other] != self.image_ids[row] and not known[other] & known[row]:
+                other = (image + step) % len(self)
+                if self.image_ids[other] != self.image_ids[image] and not known[other] & known[image]:
                     found.append(other)
                     break
             else:
+                key, images = self.shards.key(self.rows[image]), len(self)
                 raise SplitError(
-                    f"a wrong partner was expected for every pair; image {self.shards.key(row)} shares its image or "
-                    f"a caption with all {len(self)} images of the split. Take more pairs (--pairs, evaluation.pairs)."
+                    f"a wrong partner was expected for every pair; {key} shares its image or a caption with all "
+                    f"{images} images of the split. Take more (--pairs, evaluation.pairs)."
                 )
         return found
 
     def word_classes(self) -> dict[str, set[str]]:
-        """Classes of words that the set names in its scene.json ("words": {"colour": [...], ...}); {} if it has none."""
-        scene = self.shards.extra(0, "scene.json")
+        """Classes of words that the set names in its scene.json ("words": {"colour": [...]}); {} if it has none."""
+        scene = self.shards.extra(self.rows[0], "scene.json")
         named = json.loads(scene).get("words") if scene else None
         return {name: {w.lower() for w in found} for name, found in named.items()} if isinstance(named, dict) else {}
 

@@ -18,8 +18,9 @@ def results(
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     with use_backend(backend):
         out = op(*leaves)
-        generator = torch.Generator().manual_seed(seed)
-        out.backward(torch.randn(out.shape, generator=generator, dtype=out.dtype))
+        if out.requires_grad:  # an output of nothing need not
+            generator = torch.Generator().manual_seed(seed)
+            out.backward(torch.randn(out.shape, generator=generator, dtype=out.dtype))
     return out.detach(), [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 
 

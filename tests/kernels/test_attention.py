@@ -133,6 +133,16 @@ def test_a_sequence_that_is_not_finite_reaches_no_other(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_context_gives_zeros_whatever_the_query(backend: str) -> None:
+    q, k = layout([2, 3]), layout([0, 2])
+    values = inputs(q, k)
+    values[0][:2] = float("nan")
+    out, grads = results(attention(q, k), values, backend)
+    assert not out[:2].any() and out[2:].all()
+    assert all(bool(g.isfinite().all()) for g in (out, grads[1], grads[2]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("index", [None, [1, 1, 0]])
 def test_gradients_match_finite_differences(backend: str, index: list[int] | None) -> None:
     q, k = layout([2, 1, 3], 4), layout([2, 0, 1] if index is None else [1, 3], 4)

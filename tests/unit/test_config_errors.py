@@ -39,7 +39,7 @@ MISTAKES = {
     "schedule.warmup=5000": "schedule.warmup must be at most schedule.steps (1000); got 5000",
     "batch.micro=100": "batch.micro must divide batch.total (512); got 100. Set it to a divisor, such as 4.",
     "objectives.itm.group=48": "objectives.itm.group must divide batch.total (512)",
-    "data.slots=7": "batch.total must be a multiple of data.slots (7); got 512",
+    "data.slots=7": "data.slots must divide batch.total (512); got 7. Set it to a divisor, such as 1, or null.",
     # overrides
     "schedule.steps": "an override must be key.sub=value, such as schedule.steps=100; got 'schedule.steps'",
     "=3": "an override must be key.sub=value",

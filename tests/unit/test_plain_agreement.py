@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.peers.plain import Negatives, plain_losses
 from mvle_kernels import AttentionPlan, Packed, use_backend
 from torch import Tensor
 
+from benchmarks.peers.plain import Negatives, plain_losses
 from mvle.data.batch import Batch
-from mvle.model import image_encoder, model as model_file, stage
+from mvle.model import image_encoder, stage
+from mvle.model import model as model_file
 from mvle.model.model import MaskVLM
 from mvle.model.queries import Draw
 from mvle.model.step import Choices, Step

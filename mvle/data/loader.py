@@ -1,0 +1,391 @@
+"""The loader: the plan's draws -> bytes -> windows -> a Batch, one step ahead of the model.
+
+A thread of its own prepares the next batch while the model works on this one; worker threads decode (torchvision,
+Pillow and torch let go of the interpreter while they do). Everything random comes from the plan, so the batches of a
+step are the same on any number of ranks and threads.
+
+A bad image: every image was decoded once when it was indexed, so a checksum or decode error now means that a disk or a
+copy went wrong. The pair is replaced by the row that its slot would give next (SamplingPlan.replacement), the key is
+named once in a warning, and the run stops with the list when more than data.max_bad_share of the images fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from mvle_kernels import Packed
+from pydantic import Field, field_validator
+
+from ..section import Section
+from .batch import Batch
+from .decode import MAX_PIXELS, DecodeError, Pixels, centred_square, decode_mask_window, decode_window
+from .errors import DataError
+from .index import ShardSet
+from .plan import Draw, SamplingPlan, evaluation_pairs
+from .tokenizer import Tokenizer
+
+__all__ = ["DataConfig", "Loader", "evaluation_batch", "evaluation_pairs", "open_shards"]
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 64  # rows tried in place of a bad one before the run stops
+_EARLY_PAIRS = 1000  # before so many pairs were read, max_bad_share is a share of this number
+
+
+class DataConfig(Section):
+    """Which pairs, and how they are shown."""
+
+    train: tuple[str, ...] | None = Field(
+        None, description="shards to train on: paths, globs, {000..127}, or shapes:train (the built-in demo set)"
+    )
+    val: tuple[str, ...] | None = Field(None, description="shards of validation while training")
+    test: tuple[str, ...] | None = Field(None, description="shards that pick no setting, for the final figures")
+    shapes_folder: str = Field("data/shapes", description="where shapes:SPLIT is drawn, once")
+    shapes_captions: Literal["sentence", "short"] = Field(
+        "sentence", description="form of the captions of shapes: sentence, or short (without filler words)"
+    )
+    slots: int | None = Field(
+        None,
+        ge=1,
+        description="pieces into which an epoch is cut; divides batch.total, and ranks divide it, since it decides the "
+        "order (None: the greatest common divisor of batch.total and 64)",
+    )
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="share of the images used, chosen by key; a smaller share is a subset"
+    )
+    decoder: Literal["auto", "torch"] = Field("auto", description="auto: the fastest one here; torch: CPU threads")
+    crop_scale: tuple[float, float] = Field(
+        (0.2, 1.0), description="random crop: share of the image's area; [1, 1] shows whole images"
+    )
+    crop_aspect: tuple[float, float] = Field((3 / 4, 4 / 3), description="random crop: width / height")
+    flip: bool = Field(True, description="mirror half of the images, never where the caption says left or right")
+    window: int = Field(8, ge=1, description="shards of a shuffling window; more shuffle better and read more widely")
+    threads: int = Field(2, ge=1, description="threads that decode, on each rank")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, description="larger images are left out when a shard is indexed")
+    max_bad_share: float = Field(
+        0.01, ge=0, le=1, description="stop when more than this share of the images read fail (counted from 1,000 on)"
+    )
+
+    @field_validator("train", "val", "test", mode="before")
+    @classmethod
+    def one_or_many(cls, value: Any) -> Any:
+        """One pattern is a list of one."""
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("train", "val", "test")
+    @classmethod
+    def not_empty(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """No shards is null, not an empty list."""
+        return value or None
+
+    @field_validator("crop_scale", "crop_aspect")
+    @classmethod
+    def ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        """0 < low <= high."""
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"expected [low, high] with 0 < low <= high; got {list(value)}")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def inside(cls, value: tuple[float, float]) -> tuple[float, float]:
+        """A window is no larger than its image."""
+        if value[1] > 1:
+            raise ValueError(f"expected shares of the image's area, at most 1; got {list(value)}")
+        return value
+
+    def slots_for(self, batch_total: int) -> int:
+        """data.slots, or its default for that many pairs a step."""
+        return self.slots or math.gcd(batch_total, 64)
+
+
+def open_shards(config: DataConfig, split: Literal["train", "val", "test"]) -> ShardSet:
+    """The shards of data.train, data.val or data.test. Raises DataError where there are none, or no index."""
+    patterns = getattr(config, split)
+    if patterns is None:
+        raise DataError(f"data.{split} must name shards; it is null. Try data.{split}=shapes:{split}.")
+    return ShardSet.open(patterns, config.shapes_folder, config.shapes_captions)
+
+
+class BadImageError(DataError):
+    """An image whose bytes are not those that were indexed, or do not decode any more."""
+
+
+class Loader:
+    """Batches of one rank for steps start_step .. steps - 1 (steps None: for ever), one step ahead. Iterate it once.
+
+    image_size: side of the windows, pixels · max_tokens: longest caption with bos and eos · row_multiple: the packed
+    text is rounded up to it · pin_memory: put batches where a GPU fetches them while the CPU goes on.
+    wait_seconds: how long the consumer waited for batches · truncated: captions that were cut · replaced: pairs that
+    stand in for a bad image · bad: key -> reason. A failure in the threads is raised by the iterator.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        plan: SamplingPlan,
+        shards: ShardSet,
+        tokenizer: Tokenizer,
+        image_size: int,
+        max_tokens: int,
+        row_multiple: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        start_step: int = 0,
+        steps: int | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        plan.positions(0, rank, ranks)  # says at once if the ranks do not divide the slots
+        self.config, self.plan, self.shards, self.tokenizer = config, plan, shards, tokenizer
+        self.image_size, self.max_tokens, self.row_multiple = image_size, max_tokens, row_multiple
+        self.rank, self.ranks, self.start_step, self.steps = rank, ranks, start_step, steps
+        self.pin_memory = pin_memory
+        self.wait_seconds, self.truncated, self.replaced = 0.0, 0, 0
+        self.bad: dict[str, str] = {}
+        self._bad_rows: set[int] = set()
+        self._pairs = 0
+        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=1)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._thread is None:
+            self._pool = ThreadPoolExecutor(self.config.threads, thread_name_prefix="decode")
+            self._thread = threading.Thread(target=self._run, daemon=True, name="loader")
+            self._thread.start()
+        try:
+            while True:
+                started = time.perf_counter()
+                batch = self._ready.get()
+                self.wait_seconds += time.perf_counter() - started
+                if batch is None:
+                    return
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield batch
+        finally:
+            self.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads. Safe to call twice."""
+        self._stop.set()
+        while not self._ready.empty():
+            self._ready.get_nowait()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    # --- the loader's thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        step = self.start_step
+        try:
+            while not self._stop.is_set() and (self.steps is None or step < self.steps):
+                self._hand_over(self.load(step))
+                step += 1
+            self._hand_over(None)
+        except Exception as error:  # the consumer raises it, with this thread's traceback
+            self._hand_over(error)
+
+    def _hand_over(self, batch: Batch | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.put(batch, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def load(self, step: int) -> Batch:
+        """The batch of one step, made here and now: what the iterator gives for it."""
+        draws = self.plan.draws(self.plan.positions(step, self.rank, self.ranks))
+        images = np.empty((len(draws), self.image_size, self.image_size, 3), np.uint8)
+        failed = self._decode_all(draws, images)
+        self._pairs += len(draws)
+        for i, error in enumerate(failed):  # in the order of the batch, whichever thread was first
+            if error is not None:
+                draws[i] = self._replace(draws[i], error, images[i])
+
+        captions = [self.shards.caption(draw.row, draw.caption) for draw in draws]
+        ids, cut = self.tokenizer.encode(captions, self.max_tokens)
+        self.truncated += cut
+        batch = _assemble(self.shards, draws, torch.from_numpy(images), ids, self.max_tokens, self.row_multiple)
+        return pinned(batch) if self.pin_memory else batch
+
+    def _decode_all(self, draws: Sequence[Draw], images: Pixels) -> list[BadImageError | None]:
+        if self._pool is None:
+            return [self._decode(draw, image) for draw, image in zip(draws, images, strict=True)]
+        # A few pairs a task: handing over single small pictures costs as much as decoding them.
+        size = max(1, min(16, len(draws) // (2 * self.config.threads)))
+        parts = self._pool.map(
+            lambda at: [self._decode(draws[i], images[i]) for i in range(at, min(at + size, len(draws)))],
+            range(0, len(draws), size),
+        )
+        return [error for part in parts for error in part]
+
+    def _decode(self, draw: Draw, into: Pixels) -> BadImageError | None:
+        if draw.row in self._bad_rows:
+            return BadImageError("it failed before")
+        try:
+            into[:] = read_window(self.shards, draw, self.image_size, self.config.max_pixels)
+        except BadImageError as error:
+            return error
+        return None
+
+    def _replace(self, draw: Draw, error: BadImageError, into: Pixels) -> Draw:
+        """Find the next row of the slot that decodes; count and name the bad one."""
+        bad: tuple[int, BadImageError] | None = (draw.row, error)
+        for attempt in range(1, _ATTEMPTS + 1):
+            if bad is not None:
+                self._note(*bad)
+            other = self.plan.replacement(draw.counter, attempt)
+            error_again = self._decode(other, into)
+            if error_again is None:
+                self.replaced += 1
+                return other
+            bad = (other.row, error_again)
+        raise DataError(f"{_ATTEMPTS} images in a row cannot be read.\n{self._bad_list()}")
+
+    def _note(self, row: int, error: BadImageError) -> None:
+        if row in self._bad_rows:
+            return
+        self._bad_rows.add(row)
+        name = f"{self.shards.key(row)} ({self.shards.shard_path(row)})"
+        self.bad[name] = str(error)
+        log.warning("image %s is bad and gets replaced: %s", name, error)
+        share = self.config.max_bad_share
+        if len(self._bad_rows) > share * max(self._pairs, _EARLY_PAIRS):
+            raise DataError(
+                f"{len(self._bad_rows)} images failed within {self._pairs} pairs, over data.max_bad_share={share}.\n"
+                f"{self._bad_list()}"
+            )
+
+    def _bad_list(self) -> str:
+        lines = [f"    {name}: {reason}" for name, reason in self.bad.items()]
+        return "\n".join([*lines, "Fetch these shards again, then index them: python -m mvle.data index SHARDS"])
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluation_batch(
+    shards: ShardSet,
+    rows: Sequence[int],
+    caption_indices: Sequence[int],
+    tokenizer: Tokenizer,
+    image_size: int,
+    max_tokens: int,
+    row_multiple: int = 1,
+    image_ratio: float = 0.6,
+    extras: bool = False,
+) -> Batch:
+    """Given pairs as they are: shorter side to image_size, centre crop, no flip; pair_ids are the row numbers.
+
+    extras: also "objects" (uint8 [B, image_size, image_size], 1 = a pixel of an object; left out where a pair has no
+    objects.png) and "scene" (list of dict or None; positions moved with the crop). Raises BadImageError with the key.
+    """
+    draws = []
+    for row, caption in zip(rows, caption_indices, strict=True):
+        window = centred_square(*shards.size(int(row)))
+        draws.append(Draw(int(row), int(row), int(caption), window, False, float(image_ratio), (0, 0, 0, 0)))
+    images = np.empty((len(draws), image_size, image_size, 3), np.uint8)
+    for i, draw in enumerate(draws):
+        try:
+            images[i] = read_window(shards, draw, image_size, MAX_PIXELS)
+        except BadImageError as error:
+            raise BadImageError(f"{shards.key(draw.row)} in {shards.shard_path(draw.row)}: {error}") from error
+    ids, _ = tokenizer.encode([shards.caption(draw.row, draw.caption) for draw in draws], max_tokens)
+    batch = _assemble(shards, draws, torch.from_numpy(images), ids, max_tokens, row_multiple)
+    if extras:
+        batch.extras.update(_extras(shards, draws, image_size))
+    return batch
+
+
+def read_window(shards: ShardSet, draw: Draw, size: int, max_pixels: int) -> Pixels:
+    """The drawn window: uint8 [size, size, 3]. Raises BadImageError where the bytes changed or do not decode."""
+    data = shards.image_bytes(draw.row)
+    if zlib.crc32(data) != shards.image_crc32(draw.row):
+        raise BadImageError("its bytes are not those that were indexed (checksum)")
+    try:
+        # The index holds whatever passed the bound of its own day; the bytes are the same, so a larger one is no news.
+        width, height = shards.size(draw.row)
+        return decode_window(data, draw.window, draw.flip, size, max(max_pixels, width * height))
+    except DecodeError as error:
+        raise BadImageError(str(error)) from error
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in page-locked memory, from which a GPU copies while the CPU goes on."""
+    from dataclasses import replace
+
+    text = replace(batch.text, rows=batch.text.rows.pin_memory(), offsets=batch.text.offsets.pin_memory(), cache={})
+    return replace(
+        batch,
+        images=batch.images.pin_memory(),
+        text=text,
+        pair_ids=batch.pair_ids.pin_memory(),
+        image_ids=batch.image_ids.pin_memory(),
+        text_ids=batch.text_ids.pin_memory(),
+    )
+
+
+def _assemble(
+    shards: ShardSet, draws: Sequence[Draw], images: torch.Tensor, ids: list[list[int]], max_tokens: int, multiple: int
+) -> Batch:
+    layout = Packed.layout_of([len(one) for one in ids], multiple, max_length=max_tokens)
+    rows = torch.zeros(layout.total, dtype=torch.int32)
+    flat = [token for one in ids for token in one]
+    rows[: len(flat)] = torch.tensor(flat, dtype=torch.int32)
+    return Batch(
+        images=images,
+        text=layout.with_rows(rows),
+        pair_ids=torch.tensor([draw.counter for draw in draws], dtype=torch.int64),
+        image_ids=torch.tensor([shards.image_id(draw.row) for draw in draws], dtype=torch.int64),
+        text_ids=torch.tensor([shards.text_id(draw.row, draw.caption) for draw in draws], dtype=torch.int64),
+        keys=[shards.key(draw.row) for draw in draws],
+        image_ratio=tuple(draw.ratio for draw in draws),
+    )
+
+
+def _extras(shards: ShardSet, draws: Sequence[Draw], size: int) -> dict[str, Any]:
+    import json
+
+    scenes, masks = [], []
+    for draw in draws:
+        scene, mask = shards.extra(draw.row, "scene.json"), shards.extra(draw.row, "objects.png")
+        scenes.append(_moved(json.loads(scene), draw.window, size) if scene is not None else None)
+        if mask is not None:
+            masks.append(decode_mask_window(mask, draw.window, size))
+    found: dict[str, Any] = {"scene": scenes}
+    if len(masks) == len(draws):
+        found["objects"] = torch.from_numpy(np.stack(masks))
+    return found
+
+
+def _moved(scene: dict[str, Any], window: tuple[int, int, int, int], size: int) -> dict[str, Any]:
+    """The scene with its positions in pixels of the shown window."""
+    y, x, height, width = window
+    objects = [
+        {**o, "x": (o["x"] - x) * size / width, "y": (o["y"] - y) * size / height, "radius": o["radius"] * size / width}
+        for o in scene.get("objects", [])
+    ]
+    return {**scene, "objects": objects}

@@ -1,0 +1,88 @@
+"""The figures of evaluation.json as aligned lines of text. No torch here: the report uses them too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+DIRECTIONS = {"image_to_text": "image to caption", "text_to_image": "caption to image"}
+Rows = list[list[str]]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """First row = heads. The first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def number(value: float | None, places: int = 3) -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{places}f}"
+
+
+def retrieval_rows(found: Mapping[str, Any]) -> Rows:
+    """R@1/5/10 by way and order."""
+    rows = [["retrieval", "R@1", "R@5", "R@10"]]
+    for order, name in (("itc", "by similarity"), ("reranked", f"reranked, k = {found['k']}")):
+        for way, label in DIRECTIONS.items() if order in found else ():
+            rows.append([f"{label}, {name}", *(number(found[order][way][r]) for r in ("r1", "r5", "r10"))])
+    return rows
+
+
+def matching_rows(found: Mapping[str, float]) -> Rows:
+    """Balanced accuracy of the matching head."""
+    return [
+        ["matching, balanced accuracy", "random", "hard"],
+        ["true pair or not", number(found["balanced_accuracy_random"]), number(found["balanced_accuracy_hard"])],
+    ]
+
+
+def word_rows(found: Mapping[str, Any]) -> Rows:
+    """Masked words by partner."""
+    classes = list(found["true"].get("classes", {}))
+    rows = [["masked words", "nats a token", "right", *(f"{name} words" for name in classes)]]
+    for partner, label in (
+        ("true", "with the true image"),
+        ("wrong", "with a wrong image"),
+        ("none", "without an image"),
+    ):
+        figures = found[partner]
+        known = [number(figures["classes"][name]) for name in classes]
+        rows.append([label, number(figures["loss"]), number(figures["accuracy"]), *known])
+    return rows
+
+
+def pixel_rows(found: Mapping[str, Any]) -> Rows:
+    """Masked pixels by partner."""
+    rows = [["masked pixels, mean |difference| of 0..1", "masked", "of objects", "caption alone"]]
+    labels = {
+        "true": "with the true caption",
+        "wrong": "with a wrong caption",
+        "none": "without a caption",
+        "background": "painting the background",
+    }
+    for partner, label in labels.items():
+        columns = (found, found.get("objects", {}), found["caption_alone"])
+        rows.append([label, *(number(column.get(partner)) for column in columns)])
+    return rows
+
+
+def retrieval_tables(retrieval: Mapping[str, Any], itm: Mapping[str, float] | None) -> list[str]:
+    """Lines of what `evaluate retrieval` found."""
+    lines = aligned(retrieval_rows(retrieval))
+    return lines if itm is None else [*lines, "", *aligned(matching_rows(itm))]
+
+
+def conditional_tables(found: Mapping[str, Any]) -> list[str]:
+    """Lines of what `evaluate conditional` found."""
+    parts = []
+    if "mlm" in found:
+        parts.append(aligned(word_rows(found["mlm"])))
+    if "mim" in found:
+        parts.append(aligned(pixel_rows(found["mim"])))
+    return [line for i, part in enumerate(parts) for line in ([""] if i else []) + part]

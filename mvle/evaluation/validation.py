@@ -1,0 +1,94 @@
+"""Validation while training: the four losses, R@1 and the gap between a true and a wrong caption, on fixed pairs.
+
+Every rank does all of it alike and calls only what the model registers (forward, encode_images, encode_texts,
+reconstruct), so that it works on a sharded model too; the contrastive loss must not be gathered meanwhile.
+Masks and negatives are fixed by evaluation.seed: the rows of a run differ in the model alone. Losses here are those of
+training (words are left or swapped as there), with images masked at the low end of masking.image_ratio.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..model.model import NAMES, MaskVLM
+from .conditional import Tally, pairs_and_partners, pixel_difference
+from .retrieval import contrastive_ranks, embed
+from .split import Split, SplitError, low_ratio, patch_masks
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..data.index import ShardSet
+    from ..data.tokenizer import Tokenizer
+
+LARGEST_FORWARD = 128  # pairs of one forward here, at most; a gap between captions is measured on so many pairs
+
+
+class Validation:
+    """The first evaluation.pairs pairs of data.val. Raises SplitError where they are too few for a group of ITM."""
+
+    def __init__(self, config: Config, shards: ShardSet, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.split = Split(config, shards, tokenizer, config.evaluation.pairs)
+        itm = config.objectives.itm
+        group = itm.group if itm.weight else 1
+        micro = min(config.batch.micro or config.batch.total, LARGEST_FORWARD, len(self.split))
+        self.forward_pairs = max(micro // group * group, group)
+        if len(self.split) < group:
+            raise SplitError(
+                f"data.val must have at least objectives.itm.group ({group}) images within evaluation.pairs "
+                f"({config.evaluation.pairs}); got {len(self.split)}. Lower objectives.itm.group or take more pairs."
+            )
+
+    @torch.no_grad()
+    def run(self, model: MaskVLM, device: torch.device | str) -> dict[str, float]:
+        """val_loss, val_mim, val_mlm, val_itc, val_itm, val_*_accuracy; val_r1_image_to_text and
+        val_r1_text_to_image (ITC, first captions); val_mim_true and val_mim_wrong (mean absolute difference of masked
+        pixels). Only what is trained."""
+        objectives = self.config.objectives
+        out = self.losses(model, device)
+        if objectives.itc.weight:
+            found = embed(model, self.split, device, keep_rows=False)
+            for name, ranks in zip(("image_to_text", "text_to_image"), contrastive_ranks(found), strict=True):
+                out[f"val_r1_{name}"] = float((ranks < 1).double().mean())
+        if objectives.mim.weight:
+            out |= self.caption_gap(model, device)
+        return out
+
+    def losses(self, model: MaskVLM, device: torch.device | str) -> dict[str, float]:
+        """Means over whole forwards of `forward_pairs` pairs; the pairs that do not fill one are left out."""
+        # every figure is a share of its loss's count, so sums weighted by the counts give the mean over all
+        sums: dict[str, float] = {}
+        totals = dict.fromkeys(NAMES, 0.0)
+        for rows in self.split.chunks(self.forward_pairs):
+            if len(rows) < self.forward_pairs:
+                break
+            batch = self.split.batch(rows).to(device)
+            counts = model.counts(batch)
+            report = model(batch, self.config.evaluation.seed, counts).report
+            own = dict(zip(NAMES, counts.tolist(), strict=True))
+            for name in NAMES:
+                totals[name] += own[name]
+            for name, value in report.items():
+                objective = name.removesuffix("_correct")
+                if objective in own:  # not their weighted sum: that is made below, over all pairs
+                    sums[name] = sums.get(name, 0.0) + float(value) * own[objective]
+        out = {}
+        for name, total in sums.items():
+            objective = name.removesuffix("_correct")
+            out[f"val_{name.replace('_correct', '_accuracy')}"] = total / max(totals[objective], 1.0)
+        weights = {name: getattr(self.config.objectives, name).weight for name in NAMES}
+        return {"val_loss": sum(weights[name] * out[f"val_{name}"] for name in NAMES if name in sums)} | out
+
+    def caption_gap(self, model: MaskVLM, device: torch.device | str) -> dict[str, float]:
+        """Masked pixels with the pair's own caption and with another one: does the picture follow the caption?"""
+        config, tally = self.config, Tally()
+        rows = range(min(LARGEST_FORWARD, len(self.split)))
+        batch, others = pairs_and_partners(self.split, rows, self.split.partners())
+        images = batch.images.to(device)
+        masked = patch_masks(config, config.evaluation.seed, batch.pair_ids, low_ratio(config)).to(device)
+        for name, text in (("true", batch.text), ("wrong", others.text)):
+            rebuilt = model.reconstruct(images, masked, text.to(device))
+            tally.add(name, pixel_difference(rebuilt, images, config.model.image.patch)[masked])
+        return {f"val_mim_{name}": tally.mean(name) or 0.0 for name in ("true", "wrong")}

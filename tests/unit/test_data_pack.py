@@ -1,0 +1,142 @@
+"""From image files and captions to shards: pack, index and inspect, as functions and on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mvle.data.__main__ import main
+from mvle.data.errors import DataError
+from mvle.data.index import ShardSet
+from mvle.data.indexing import index_shard
+from mvle.data.pack import pack_jsonl
+
+from .data_files import encode, make_shards, picture
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Eight files (one not an image), one row that names a file that is not there; two splits."""
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    rows = []
+    for i in range(8):
+        name = f"sub/photo.{i}.JPG" if i % 2 else f"{i}.png"
+        data = b"<html>" if i == 3 else encode(picture(i), "JPEG" if i % 2 else "PNG")
+        (tmp_path / "images" / name).write_bytes(data)
+        rows.append({"image": name, "captions": [f"ein Bild {i}", "größer"], "split": "val" if i > 5 else "train"})
+    rows.append({"image": "gone.jpg", "captions": ["x"], "split": "train", "licence": "none"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return tmp_path
+
+
+def pack(source: Path, output: str = "out", **options: object) -> object:
+    return pack_jsonl(source / "rows.jsonl", source / "images", source / output, **options)  # type: ignore[arg-type]
+
+
+def test_image_bytes_are_packed_as_they_are_even_if_undecodable(source: Path) -> None:
+    report = pack(source)
+    (train,) = sorted((source / "out").glob("train-*.tar"))
+    index = index_shard(train)
+    shards = ShardSet.open([str(train)])
+
+    assert report.images == {"train": 6, "val": 2} and report.missing == ["gone.jpg"]
+    assert [reason for _, reason in index.left_out] and "sub/photo.3.JPG" in index.left_out[0][1]
+    for row in range(shards.images):
+        record = json.loads(shards.extra(row, "json") or b"")
+        assert shards.image_bytes(row) == (source / "images" / record["id"]).read_bytes()
+        assert shards.captions(row) == record["captions"]
+
+
+def test_packing_twice_gives_the_same_bytes(source: Path) -> None:
+    pack(source, "one")
+    pack(source, "two")
+    for path in (source / "one").iterdir():
+        assert path.read_bytes() == (source / "two" / path.name).read_bytes()
+
+
+def test_shards_stay_below_their_bound(source: Path) -> None:
+    report = pack(source, shard_bytes=6000)
+    assert len(report.shards) > 2
+    assert [p.name for p in report.shards if "train" in p.name][:2] == ["train-00000.tar", "train-00001.tar"]
+    assert all(path.stat().st_size < 6000 + 2048 for path in report.shards)
+    for path in report.shards:
+        index_shard(path)
+    shards = ShardSet.open([str(path) for path in report.shards])
+    assert len({shards.key(row) for row in range(shards.images)}) == shards.images == 7
+
+
+def test_one_split_can_be_packed_alone(source: Path) -> None:
+    pack(source, split="val")
+    assert [p.name for p in (source / "out").iterdir()] == ["val-00000.tar"]
+    with pytest.raises(DataError, match="no row of split dev"):
+        pack(source, split="dev")
+
+
+def test_shards_that_are_there_are_not_overwritten_unasked(source: Path) -> None:
+    pack(source)
+    index_shard(source / "out" / "train-00000.tar")
+    with pytest.raises(DataError, match=r"holds shards already \(train-00000\.tar\).*--overwrite"):
+        pack(source)
+    pack(source, overwrite=True)
+    assert sorted(p.name for p in (source / "out").iterdir()) == ["train-00000.tar", "val-00000.tar"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 2: expected \{.*it is not JSON"),
+        ('{"captions": ["a"]}', "line 2: .*names no image"),
+        ('{"image": "0.png", "captions": 3}', "line 2: .*no list of texts"),
+        ('{"image": "0.png", "captions": ["a"], "split": "../x"}', "line 2: a split must be a plain name"),
+    ],
+)
+def test_a_wrong_row_is_named_by_its_line_and_nothing_is_written(source: Path, line: str, message: str) -> None:
+    rows = source / "rows.jsonl"
+    rows.write_text(rows.read_text().splitlines()[0] + "\n" + line + "\n")
+    with pytest.raises(DataError, match=message):
+        pack(source)
+    assert not (source / "out").exists()
+
+
+def test_a_wrong_image_folder_is_said_and_leaves_nothing(source: Path) -> None:
+    (source / "empty").mkdir()
+    with pytest.raises(DataError, match="none of the 9 image files is under"):
+        pack_jsonl(source / "rows.jsonl", source / "empty", source / "out")
+    assert list((source / "out").iterdir()) == []
+
+
+def test_pack_index_and_inspect_from_the_command_line(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = source / "out"
+    arguments = ["--input", str(source / "rows.jsonl"), "--images", str(source / "images"), "--output", str(out)]
+
+    assert main(["pack", "--format", "jsonl", *arguments]) == 0
+    packed = capsys.readouterr().out
+    assert main(["index", f"{out}/*.tar"]) == 0
+    indexed = capsys.readouterr().out
+    assert main(["inspect", f"{out}/{{train,val}}-00000.tar", "--sheet", str(source / "sheet.png")]) == 0
+    inspected = capsys.readouterr().out
+
+    assert "train: 6 images, 12 captions, 1 shards" in packed and "1 image files are missing" in packed
+    assert "python -m mvle.data index" in packed
+    assert "5 images, 10 captions, 1 left out" in indexed and "undecodable" in indexed
+    assert "7 images, 14 captions in 2 shards" in inspected and "left out: 1 (undecodable 1)" in inspected
+    assert Image.open(source / "sheet.png").size[0] > 1000
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(tmp_path / "nothing.tar")]) == 2
+    assert capsys.readouterr().err.startswith("mvle.data: there is no shard")
+
+
+def test_inspect_counts_what_the_shards_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shards(tmp_path, [4, 3])
+    assert main(["inspect", f"{tmp_path}/*.tar", "--sheet", str(tmp_path / "sheet.png")]) == 0
+    report = capsys.readouterr().out
+    assert "7 images, 14 captions in 2 shards" in report
+    assert "width 32..32, height 24..24" in report and "jpeg 7" in report
+    assert "left out: nothing" in report
