@@ -28,18 +28,19 @@ def main(arguments: list[str] | None = None) -> int:
     from .data.errors import DataError
     from .data.tokenizer import check_tokenizer
     from .engine.checkpoint import CheckpointError
+    from .engine.parallel import Parallel, ParallelError
 
     try:
         # what needs no model and no other rank is said first, within seconds
         config = load_config(arguments[0], arguments[1:])
         require_data(config, f"python -m mvle.train {arguments[0]}")
         check_tokenizer(config.tokenizer, config.run.folder)
-        from .engine.parallel import Parallel
+
         from .engine.trainer import Trainer
 
         with Parallel.start(config.parallel, config.run.device) as parallel:
             Trainer(config, parallel).run()
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
+    except (ConfigError, DataError, CheckpointError, ParallelError, OSError) as error:
         print(f"mvle.train: {error}", file=sys.stderr)
         return 2
     return 0

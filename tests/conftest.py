@@ -1,8 +1,16 @@
-"""What every test shares: tests marked `gpu` are skipped, with the reason, where there is no CUDA device."""
+"""What every test shares: one thread for torch's tiny operations, and a reason for what is skipped.
+
+Tests marked `gpu` are skipped where there is no CUDA device.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Before torch is imported: a second thread gains nothing at these sizes, and on a busy machine its waiting costs much.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

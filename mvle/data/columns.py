@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from .errors import DataError
+
+Bytes = NDArray[np.uint8]
 
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "U32": np.uint32, "I64": np.int64}
 
@@ -36,13 +38,15 @@ def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], header: Mappi
 def read_columns(path: Path, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """(columns as read-only views of the mapped file, the JSON header). Raises DataError if it is not such a file."""
     wrong = f"{path} must be a safetensors file with a {name} header"
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size < 8:
-            raise DataError(f"{wrong}; it is shorter than any.")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    length = int.from_bytes(mapped[:8], "little")
+    size = path.stat().st_size
+    if size < 8:
+        raise DataError(f"{wrong}; it is shorter than any.")
+    # torch maps and closes the file; Python's mmap keeps it open, and a thousand shards would reach the usual limit.
+    mapped: Bytes = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    mapped.flags.writeable = False
+    length = int.from_bytes(mapped[:8].tobytes(), "little")
     try:
-        tensors = json.loads(mapped[8 : 8 + length])
+        tensors = json.loads(mapped[8 : 8 + length].tobytes())
         header = json.loads(tensors.pop("__metadata__")[name])
         columns = {key: _view(mapped, 8 + length, entry) for key, entry in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -50,14 +54,12 @@ def read_columns(path: Path, name: str) -> tuple[dict[str, NDArray[Any]], dict[s
     return columns, header
 
 
-def _view(mapped: mmap.mmap, start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
+def _view(mapped: Bytes, start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
     begin, end = entry["data_offsets"]
     dtype = np.dtype(_DTYPES[entry["dtype"]])
     if not 0 <= begin <= end <= len(mapped) - start or end - begin != dtype.itemsize * int(np.prod(entry["shape"])):
         raise ValueError("a column lies outside the file")
-    if begin == end:
-        return np.empty(entry["shape"], dtype)
-    return np.frombuffer(mapped, dtype, (end - begin) // dtype.itemsize, start + begin).reshape(entry["shape"])
+    return mapped[start + begin : start + end].view(dtype).reshape(entry["shape"])
 
 
 def pack_strings(strings: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -125,7 +126,7 @@ class ShardSet:
                 paths += shape_shards(pattern[len(SHAPES) :], shapes_folder, shapes_captions)
             else:
                 paths += expand_pattern(pattern)
-        repeated = sorted({str(path) for path in paths if paths.count(path) > 1}) if len(paths) < 10_000 else []
+        repeated = [str(path) for path, times in Counter(paths).items() if times > 1]
         if repeated:
             raise DataError(f"each shard must be named once; {', '.join(repeated[:3])} comes twice in {patterns}.")
         return ShardSet(_open_indexes(paths))

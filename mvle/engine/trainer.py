@@ -20,9 +20,8 @@ import torch
 from mvle_kernels import explain, set_backend
 
 from ..config import BatchArithmetic, Config, ConfigError, check_ranks, differences
-from ..data.loader import Loader
+from ..data.loader import Loader, open_shards
 from ..data.plan import SamplingPlan
-from ..data.shards import ShardSet
 from ..data.tokenizer import Tokenizer, build_tokenizer
 from ..evaluation.validation import Validation
 from ..model.model import MaskVLM
@@ -34,7 +33,7 @@ from .run import RunFolder
 
 
 class Trainer:
-    """One run on one rank. Raises ConfigError where the config cannot run here, or does not fit what the folder holds."""
+    """One run on one rank. Raises ConfigError where the config does not fit the ranks, or what the folder holds."""
 
     def __init__(self, config: Config, parallel: Parallel) -> None:
         self.config, self.parallel = config, parallel
@@ -64,8 +63,8 @@ class Trainer:
     def open_data(self) -> None:
         """Shards, tokenizer (rank 0 makes it, the others read it) and the sampling plan."""
         config, parallel = self.config, self.parallel
-        self.shards = ShardSet.open(config.data.train, config.data)
-        self.validation_shards = ShardSet.open(config.data.val, config.data) if config.data.val else None
+        self.shards = open_shards(config.data, "train")
+        self.validation_shards = open_shards(config.data, "val") if config.data.val else None
         if parallel.is_main:
             self.folder.create()
             self.tokenizer: Tokenizer = build_tokenizer(config.tokenizer, self.shards, self.folder.tokenizer)
@@ -188,6 +187,7 @@ class Trainer:
             ranks=self.parallel.ranks,
             start_step=start,
             steps=config.schedule.steps,
+            pin_memory=self.parallel.device.type == "cuda",
         )
 
     def save(self, step: int) -> None:
@@ -227,8 +227,8 @@ class Trainer:
             f"data        {self.shards.images:,} images, {self.shards.pairs:,} pairs, {len(self.shards.shard_sizes)} "
             f"shards, fingerprint {self.shards.fingerprint[:12]}; {self.tokenizer.vocabulary:,} words\n"
             f"parameters  {total / 1e6:.2f}M: {parts}\n"
-            f"masking     {config.masking.mode}, images {config.masking.image_ratio} of {config.masking.cell}-pixel cells, "
-            f"captions {config.masking.text_ratio}\n"
+            f"masking     {config.masking.mode}: {config.masking.image_ratio} of an image's {config.masking.cell}-pixel "
+            f"cells, {config.masking.text_ratio} of a caption's tokens\n"
             f"kernels\n{ops}"
         )
 

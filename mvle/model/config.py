@@ -56,7 +56,12 @@ class ModelConfig(Section):
     projection: int = Field(256, gt=0, description="width of the contrastive space")
     temperature: float = Field(0.07, gt=0.001, lt=0.5, description="initial temperature of the contrastive loss")
     dropout: float = Field(0.0, description="must be 0: dropout would break sharing and rank invariance")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights (truncated at 2)")
+    init_std: float | None = Field(
+        None,
+        gt=0,
+        description="deviation of initial weights, cut at two of them; null: 0.02 at width 768, and otherwise by the "
+        "inverse root of the width",
+    )
 
     @model_validator(mode="after")
     def check(self) -> ModelConfig:
@@ -69,6 +74,11 @@ class ModelConfig(Section):
                 "depend on the number of ranks: both need a forward without dropout"
             )
         return self
+
+    @property
+    def initial_std(self) -> float:
+        """model.init_std, or its default for the width."""
+        return self.init_std or 0.02 * (768 / self.width) ** 0.5
 
 
 class KernelsConfig(Section):

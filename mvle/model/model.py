@@ -278,7 +278,7 @@ class MaskVLM(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Fill every parameter from (seed, its name): the same on any number of ranks, whatever else the model holds.
 
-        Linear weights, embeddings, tokens and positions: normal with model.init_std, cut at two deviations; norms 1;
+        Linear weights, embeddings, tokens and positions: normal with model.initial_std, cut at two deviations; norms 1;
         biases 0. Works on sharded parameters (each is drawn whole on the CPU and every rank keeps its part).
         """
         for name, parameter in self.named_parameters():
@@ -293,7 +293,7 @@ class MaskVLM(nn.Module):
 
     def initial(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         """The initial value of one parameter, float32 on the CPU."""
-        std = self.config.model.init_std
+        std = self.config.model.initial_std
         if name == "heads.temperature.value":
             return torch.full(shape, self.config.model.temperature)
         if name.endswith("bias"):

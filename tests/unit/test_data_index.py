@@ -106,6 +106,15 @@ def test_a_copy_of_a_shard_and_its_index_has_the_same_fingerprint(tmp_path: Path
     assert copied.fingerprint == ShardSet.open([str(path)]).fingerprint
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc, which is not there")
+def test_an_open_set_keeps_no_index_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    shards = make_shards(tmp_path, [1] * 20)
+    shards.close()
+    assert shards.key(19) == "s19p0"
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
 def test_another_caption_gives_another_fingerprint(tmp_path: Path) -> None:
     prints = set()
     for name, caption in (("a", "one dog"), ("b", "two dogs")):

@@ -69,6 +69,13 @@ def test_an_equal_caption_of_another_image_is_right():
     assert to_text.tolist() == [1, 1], "unequal captions are wrong"
 
 
+def test_any_of_an_images_captions_may_be_the_equal_one():
+    # caption 2 of image 1 equals the *second* caption of image 0, which is the nearer one
+    found = embedded([[1, 0], [0.5, 0]], [[0, 1], [0, 1], [1, 0], [0, 1]], [0, 0, 1, 1], text_ids=[1, 2, 2, 3])
+    assert contrastive_ranks(found)[1][2] == 0
+    assert contrastive_ranks(found)[0][0] == 0
+
+
 def test_an_image_with_the_same_bytes_is_right():
     same = embedded([[0.5, 0], [1, 0]], [[1, 0], [1, 0]], [0, 1], image_ids=[3, 3])
     assert contrastive_ranks(same)[1].tolist() == [0, 0]
