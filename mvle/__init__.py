@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .inference import Pretrained
@@ -18,4 +18,3 @@ def load(run: str, device: str = "cpu") -> Pretrained:
     from .inference import Pretrained
 
     return Pretrained.open(run, device)
-

@@ -39,9 +39,7 @@ def as_patches(images: Tensor, patch: int) -> Tensor:
 
 @PATCHIFY.register("reference", "plain torch")
 @PATCHIFY.register("dense", "one plain torch pass is the fastest on a CPU")  # applied bottom up: dense is asked first
-def _patchify(
-    images: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
-) -> Tensor:
+def _patchify(images: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     compute = torch.promote_types(dtype, torch.float32)
     scale = torch.tensor([1 / (255 * s) for s in std], dtype=compute, device=images.device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=compute, device=images.device)
@@ -145,9 +143,7 @@ def _embed_views_reference(
             if view == "drop":
                 assert keep is not None
                 chosen = keep.unpack()[b].tolist()
-            sequences.append(
-                torch.stack([class_token + positions[0]] + [rows[n] + positions[n + 1] for n in chosen])
-            )
+            sequences.append(torch.stack([class_token + positions[0]] + [rows[n] + positions[n + 1] for n in chosen]))
     return Packed.of(sequences, row_multiple)
 
 

@@ -39,7 +39,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`; host-side fields stay."""
-        move = {"device": device, "non_blocking": True}
+        move: dict[str, Any] = {"device": device, "non_blocking": True}
         return replace(
             self,
             images=self.images.to(**move),

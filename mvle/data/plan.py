@@ -39,8 +39,13 @@ _VERSION = 1
 class Rows(Protocol):
     """What the plan asks of the data; ShardSet is one."""
 
-    fingerprint: str
-    shard_sizes: Sequence[int]
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the data."""
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        """Images of each shard."""
 
     def size(self, row: int) -> tuple[int, int]:
         """(width, height) as displayed."""

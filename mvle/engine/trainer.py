@@ -227,8 +227,8 @@ class Trainer:
             f"data        {self.shards.images:,} images, {self.shards.pairs:,} pairs, {len(self.shards.shard_sizes)} "
             f"shards, fingerprint {self.shards.fingerprint[:12]}; {self.tokenizer.vocabulary:,} words\n"
             f"parameters  {total / 1e6:.2f}M: {parts}\n"
-            f"masking     {config.masking.mode}: {config.masking.image_ratio} of an image's {config.masking.cell}-pixel "
-            f"cells, {config.masking.text_ratio} of a caption's tokens\n"
+            f"masking     {config.masking.mode}: {config.masking.image_ratio} of {config.masking.cell}-pixel cells, "
+            f"{config.masking.text_ratio} of a caption's tokens\n"
             f"kernels\n{ops}"
         )
 

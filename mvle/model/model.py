@@ -213,8 +213,9 @@ class MaskVLM(nn.Module):
     def fill(self, text: Packed, positions: Packed, images: Tensor | None) -> Tensor:
         """Logits float32 [R, vocabulary] of the words at `positions`, in order.
 
-        text Packed int32 with the mask token where a word is wanted; positions Packed int32: rows of `text`, its lengths
-        on the host; images uint8 [B, size, size, 3], one for each caption, or None: no image (a context of length 0).
+        text Packed int32 with the mask token where a word is wanted; positions Packed int32: rows of `text`, its
+        lengths on the host; images uint8 [B, size, size, 3], one for each caption, or None: no image (a context of
+        length 0).
         """
         sequence = torch.repeat_interleave(torch.arange(text.sequences), torch.tensor(positions.lengths))
         real = positions.rows[: len(sequence)].long()
@@ -284,7 +285,9 @@ class MaskVLM(nn.Module):
         for name, parameter in self.named_parameters():
             whole = self.initial(name, tuple(parameter.shape), seed).to(parameter.dtype)
             if hasattr(parameter, "device_mesh"):
-                from torch.distributed.tensor import distribute_tensor
+                from torch.distributed.tensor import DTensor, distribute_tensor
+
+                assert isinstance(parameter, DTensor)
 
                 whole = distribute_tensor(
                     whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -320,9 +323,7 @@ def split_sequences(packed: Packed, parts: int) -> list[Packed]:
     sizes = [sum(n) for n in lengths]
     rows = packed.rows.split([*sizes, packed.total - sum(sizes)])
     device = packed.offsets.device
-    return [
-        Packed.layout_of(n, 1, device, packed.max_length).with_rows(r) for n, r in zip(lengths, rows, strict=False)
-    ]
+    return [Packed.layout_of(n, 1, device, packed.max_length).with_rows(r) for n, r in zip(lengths, rows, strict=False)]
 
 
 def take(packed: Packed, index: Sequence[int]) -> Packed:
