@@ -235,7 +235,7 @@ class Plain:
         own = torch.eye(len(batch), dtype=torch.bool, device=z_i.device)
         equal = batch.image_ids[:, None] == batch.image_ids
         equal |= batch.text_ids[:, None] == batch.text_ids
-        s = (z_i @ z_t.T / self.weights["heads.temperature.value"]).masked_fill(equal & ~own, -torch.inf)
+        s = (z_i @ z_t.T / self.weights["heads.temperature.log_value"].exp()).masked_fill(equal & ~own, -torch.inf)
         return -(s.log_softmax(1)[own].mean() + s.log_softmax(0)[own].mean()) / 2
 
     def itm(self, inputs: PlainInputs, image: Tensor, text: Tensor, negatives: Negatives) -> Tensor:
@@ -271,7 +271,7 @@ class Plain:
         step = Step(batch, inputs.seed, 1, Choices())
         if kinds.itc.weight:
             step.image_z, step.text_z = self.embed(image, text)
-            step.temperature = self.weights["heads.temperature.value"]
+            step.temperature = self.weights["heads.temperature.log_value"].exp()
             losses["itc"] = self.itc(batch, step.image_z, step.text_z)
         if kinds.itm.weight:
             if negatives is None:

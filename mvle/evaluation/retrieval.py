@@ -195,7 +195,7 @@ def retrieval(
     to_text, to_image = contrastive_ranks(found)
     out: dict[str, Any] = {"k": k, "itc": {"image_to_text": recalls(to_text), "text_to_image": recalls(to_image)}}
     if rerank_too:
-        temperature = float(model.heads.temperature.value.detach())
+        temperature = float(model.heads.temperature())
         to_text, to_image = reranked_ranks(model, found, k, temperature, device)
         out["reranked"] = {"image_to_text": recalls(to_text), "text_to_image": recalls(to_image)}
     return out

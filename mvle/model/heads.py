@@ -11,18 +11,22 @@ from .config import ModelConfig
 
 
 class Temperature(nn.Module):
-    """The learned temperature of the contrastive loss; shape [1], since sharding takes no 0-d parameter."""
+    """The learned temperature of the contrastive loss, kept as its logarithm.
+
+    So a step of the optimizer changes it by a share, whatever its size: as a plain number near 0.07 it would jump by
+    percents of itself at each step of a learning rate of 1e-3. Shape [1], since sharding takes no 0-d parameter.
+    """
 
     full_precision = True  # never cast to bf16: its gradient sums over the whole batch
     LOW, HIGH = 0.001, 0.5
 
     def __init__(self) -> None:
         super().__init__()
-        self.value = nn.Parameter(torch.empty(1))
+        self.log_value = nn.Parameter(torch.empty(1))
 
     def forward(self) -> Tensor:
         """The temperature, [1], in its own dtype."""
-        return self.value * 1
+        return self.log_value.exp()
 
 
 class Heads(nn.Module):

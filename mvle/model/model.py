@@ -11,6 +11,7 @@ Heads and losses run inside `forward`, since under FSDP their weights are whole 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -297,8 +298,8 @@ class MaskVLM(nn.Module):
     def initial(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         """The initial value of one parameter, float32 on the CPU."""
         std = self.config.model.initial_std
-        if name == "heads.temperature.value":
-            return torch.full(shape, self.config.model.temperature)
+        if name == "heads.temperature.log_value":
+            return torch.full(shape, math.log(self.config.model.temperature))
         if name.endswith("bias"):
             return torch.zeros(shape)
         if "norm" in name:
@@ -312,7 +313,7 @@ class MaskVLM(nn.Module):
     @torch.no_grad()
     def clamp_temperature(self) -> None:
         """Keep the temperature in its range; after each optimizer step."""
-        self.heads.temperature.value.clamp_(Temperature.LOW, Temperature.HIGH)
+        self.heads.temperature.log_value.clamp_(math.log(Temperature.LOW), math.log(Temperature.HIGH))
 
 
 def split_sequences(packed: Packed, parts: int) -> list[Packed]:

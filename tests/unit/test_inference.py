@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import mvle
@@ -143,4 +142,3 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_nothing_asks_for_gradients(run):
     assert not any(p.requires_grad for p in run.model.parameters()) and not run.model.training
-    assert isinstance(run.model.heads.temperature.value, torch.Tensor)
