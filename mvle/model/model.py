@@ -27,7 +27,7 @@ from ..objectives.mim import Mim, mim_sets
 from ..objectives.mlm import Mlm, mlm_sets
 from .heads import Heads, Temperature
 from .image_encoder import ImageEncoder
-from .queries import QuerySet, StageName, View
+from .queries import Draw, QuerySet, StageName, View
 from .stage import Stage, plan_stage
 from .step import Choices, Step, choose_image_masks, choose_token_masks
 from .text_encoder import TextEncoder
@@ -198,13 +198,14 @@ class MaskVLM(nn.Module):
 
         image_rows, text_rows: `rows` of `encode_images` / `encode_texts`; image_index, text_index int [P] into them.
         """
-        images, texts = take(image_rows, image_index.tolist()), take(text_rows, text_index.tolist())  # sync: evaluation
+        images, image = chosen(image_rows, image_index)
+        texts, text = chosen(text_rows, text_index)
         step = _bare_step(images, texts, self.row_multiple)
         rows = self.ask(
             step,
             [
-                QuerySet("image", "image_cross", View.IMAGE_CLEAN, View.TEXT_CLEAN, read="global"),
-                QuerySet("text", "text_cross", View.TEXT_CLEAN, View.IMAGE_CLEAN, read="global"),
+                QuerySet("image", "image_cross", View.IMAGE_CLEAN, View.TEXT_CLEAN, False, (image,), (text,), "global"),
+                QuerySet("text", "text_cross", View.TEXT_CLEAN, View.IMAGE_CLEAN, False, (text,), (image,), "global"),
             ],
         )
         logits = self.heads.match_logits(rows["image"].rows[: len(image_index)], rows["text"].rows[: len(image_index)])
@@ -327,10 +328,14 @@ def split_sequences(packed: Packed, parts: int) -> list[Packed]:
     return [Packed.layout_of(n, 1, device, packed.max_length).with_rows(r) for n, r in zip(lengths, rows, strict=False)]
 
 
-def take(packed: Packed, index: Sequence[int]) -> Packed:
-    """Sequences by host index, in that order, repeated where asked."""
+def chosen(packed: Packed, index: Tensor) -> tuple[Packed, Draw]:
+    """The distinct sequences that an index names, and the index into them: what many pairs share is computed once."""
+    which, inverse = torch.unique(index.cpu(), return_inverse=True)  # sync: evaluation
     sequences = packed.unpack()
-    return Packed.of([sequences[i] for i in index])
+    distinct = Packed.of([sequences[i] for i in which.tolist()])
+    assert distinct.lengths is not None
+    lengths = tuple(distinct.lengths[i] for i in inverse.tolist())
+    return distinct, Draw(inverse.to(packed.rows.device, torch.int32), lengths=lengths)
 
 
 def _nothing(like: Packed) -> Packed:

@@ -25,10 +25,15 @@ class View(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """Another pair of the same group for each pair, drawn on the device: index int32 [B] into the batch."""
+    """Other sequences in the place of the pairs' own: index int32 [P] into the batch.
+
+    Drawn on the device from each pair's own group (group = its size), so the host knows no more than a bound on their
+    rows; or chosen by the host (evaluation), which then gives their lengths.
+    """
 
     index: Tensor
-    group: int
+    group: int = 1
+    lengths: tuple[int, ...] | None = None
 
 
 Copies = tuple[Draw | None, ...]  # each part goes once over all pairs: in order (None), or as drawn

@@ -127,6 +127,8 @@ def _bare(layout: Packed) -> Packed:
 
 def _drawn_layout(source: Packed, draw: Draw) -> Packed:
     assert source.lengths is not None, "sources have lengths on the host"
+    if draw.lengths is not None:
+        return Packed.layout_of(draw.lengths, 1, source.offsets.device, source.max_length)
     return expand_layout(source, draw.index, group_capacity(source.lengths, draw.group))
 
 
