@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from .evaluation.tables import conditional_tables, retrieval_tables
 
 if TYPE_CHECKING:
-    from .data.index import ShardSet
+    from .data.shards import ShardSet
     from .inference import OpenedRun
 
 PARTS = {"retrieval": ("retrieval", "itm"), "conditional": ("conditional",)}  # what -> keys of evaluation.json
@@ -152,7 +152,7 @@ def default_data(run: OpenedRun) -> list[str]:
 
 def open_data(run: OpenedRun, patterns: Sequence[str]) -> ShardSet:
     """The shards; shapes:SPLIT is found where the run has it. Raises DataError."""
-    from .data.index import ShardSet
+    from .data.shards import ShardSet
 
     return ShardSet.open(list(patterns), run.config.data.shapes_folder, run.config.data.shapes_captions)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .data.index import ShardSet
+    from .data.shards import ShardSet
     from .inference import OpenedRun
 
 SHEET_ROWS = 6

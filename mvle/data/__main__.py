@@ -100,8 +100,8 @@ def run_index(options: argparse.Namespace) -> None:
 
 def run_inspect(options: argparse.Namespace) -> None:
     """Print the report and write the contact sheet."""
-    from .index import ShardSet
     from .inspect import contact_sheet, describe
+    from .shards import ShardSet
 
     shards = ShardSet.open(options.shards)
     print(describe(shards, options.reasons))

@@ -13,7 +13,7 @@ import numpy as np
 
 from .captions import NAMES_COLOUR, NO_FLIP
 from .decode import FORMATS, MAX_PIXELS, DecodeError, centred_square, decode_window
-from .index import ShardSet
+from .shards import ShardSet
 
 _BAR = 40  # characters of the longest bar
 _TILE, _TEXT_LINES, _LINE = 192, 4, 13  # contact sheet: pixels

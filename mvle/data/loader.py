@@ -31,8 +31,8 @@ from ..section import Section
 from .batch import Batch
 from .decode import MAX_PIXELS, DecodeError, Pixels, centred_square, decode_mask_window, decode_window
 from .errors import DataError
-from .index import ShardSet
 from .plan import Draw, SamplingPlan, evaluation_pairs
+from .shards import ShardSet
 from .tokenizer import Tokenizer
 
 __all__ = ["DataConfig", "Loader", "evaluation_batch", "evaluation_pairs", "open_shards"]

@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..section import Section
+from .dcp_storage import CheckpointError
 from .parallel import Parallel
 from .run import write_text
 
@@ -37,10 +38,6 @@ class CheckpointConfig(Section):
 
     every: int = Field(1000, gt=0, description="steps between checkpoints; the last step has one always")
     keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none could be loaded."""
 
 
 class Checkpointer:

@@ -15,8 +15,6 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from .checkpoint import CheckpointError
-
 # Plain data classes, and what tensors' sizes and layouts are made of. None of them acts when it is built.
 ALLOWED = {
     "collections": {"OrderedDict"},
@@ -34,6 +32,10 @@ ALLOWED = {
         "_MEM_FORMAT_ENCODING",
     },
 }
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none could be loaded."""
 
 
 class UnsafeCheckpoint(CheckpointError):

@@ -20,7 +20,7 @@ from ..data.batch import Batch
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..data.index import ShardSet
+    from ..data.shards import ShardSet
     from ..data.tokenizer import Tokenizer
 
 CHUNK = 64  # pairs of one forward

@@ -19,7 +19,7 @@ from .split import Split, SplitError, low_ratio, patch_masks
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..data.index import ShardSet
+    from ..data.shards import ShardSet
     from ..data.tokenizer import Tokenizer
 
 LARGEST_FORWARD = 128  # pairs of one forward here, at most; a gap between captions is measured on so many pairs

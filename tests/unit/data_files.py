@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mvle.data.index import ShardSet
 from mvle.data.indexing import index_shard
+from mvle.data.shards import ShardSet
 from mvle.data.tar import TarWriter
 
 

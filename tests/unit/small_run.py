@@ -10,8 +10,8 @@ import torch
 
 from mvle.config import Config
 from mvle.data import shapes
-from mvle.data.index import ShardSet
 from mvle.data.indexing import index_shard
+from mvle.data.shards import ShardSet
 from mvle.data.tar import TarWriter
 from mvle.data.tokenizer import Tokenizer, all_captions, train_bpe
 from mvle.engine.checkpoint import Checkpointer

@@ -12,9 +12,10 @@ import pytest
 
 from mvle.data.captions import caption_flags, captions_of, text_id
 from mvle.data.errors import DataError
-from mvle.data.index import ShardSet, index_path
+from mvle.data.index import index_path
 from mvle.data.indexing import index_shard
 from mvle.data.patterns import expand_pattern
+from mvle.data.shards import ShardSet
 from mvle.data.tar import TarWriter, members, split_name
 
 from .data_files import encode, make_shards, oriented, pair, picture, write_shard

@@ -10,9 +10,9 @@ from PIL import Image
 
 from mvle.data.__main__ import main
 from mvle.data.errors import DataError
-from mvle.data.index import ShardSet
 from mvle.data.indexing import index_shard
 from mvle.data.pack import pack_jsonl
+from mvle.data.shards import ShardSet
 
 from .data_files import encode, make_shards, picture
 

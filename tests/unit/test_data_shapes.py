@@ -13,8 +13,8 @@ import pytest
 from mvle.data import shapes
 from mvle.data.decode import decode_image
 from mvle.data.errors import DataError
-from mvle.data.index import ShardSet
 from mvle.data.loader import evaluation_batch
+from mvle.data.shards import ShardSet
 from mvle.data.tokenizer import train_bpe
 
 

@@ -1,0 +1,160 @@
+"""ShardSet: the images of many shards as rows 0 .. images - 1, found by their indexes and read by `pread`."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from hashlib import blake2b
+from itertools import accumulate
+from pathlib import Path
+
+from .captions import bytes_id
+from .errors import DataError
+from .index import ShardIndex, open_indexes
+from .patterns import expand_pattern
+from .reader import ShardReader
+from .shapes import shape_shards
+
+SHAPES = "shapes:"
+
+
+class ShardSet:
+    """Rows of several shards. Lookups are O(log shards) and read the mapped indexes; images are read by `pread`."""
+
+    def __init__(self, indexes: Sequence[ShardIndex]) -> None:
+        if not indexes:
+            raise DataError("a set of shards needs at least one shard; got none.")
+        self.indexes = list(indexes)
+        self.shard_sizes = tuple(index.images for index in self.indexes)  # images of each shard
+        self._starts = [0, *accumulate(self.shard_sizes)]
+        self._reader = ShardReader([index.path for index in self.indexes])
+        self.images = self._starts[-1]
+        self.pairs = sum(index.pairs for index in self.indexes)
+        if self.images == 0:
+            names = ", ".join(str(index.path) for index in self.indexes[:3])
+            raise DataError(
+                f"these shards hold no usable image ({names}). See why: python -m mvle.data inspect {names}"
+            )
+
+    @staticmethod
+    def open(
+        patterns: Sequence[str] | str, shapes_folder: str = "data/shapes", shapes_captions: str = "sentence"
+    ) -> ShardSet:
+        """The shards that the patterns name, with their indexes checked.
+
+        A pattern is a path, a glob (sorted), braces ({000..003}, {a,b}), or shapes:SPLIT (SPLIT = train, val or test),
+        which draws the demo set once, under shapes_folder. Raises DataError: nothing matches, or an index is missing
+        or stale (with the command that makes it).
+        """
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        paths: list[Path] = []
+        for pattern in patterns:
+            if pattern.startswith(SHAPES):
+                paths += shape_shards(pattern[len(SHAPES) :], shapes_folder, shapes_captions)
+            else:
+                paths += expand_pattern(pattern)
+        repeated = [str(path) for path, times in Counter(paths).items() if times > 1]
+        if repeated:
+            raise DataError(f"each shard must be named once; {', '.join(repeated[:3])} comes twice in {patterns}.")
+        return ShardSet(open_indexes(paths))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the data is, as hex: a hash over the headers of the indexes, in order. Copies have the same."""
+        digest = blake2b(digest_size=16)
+        for index in self.indexes:
+            digest.update(index.identity.encode() + b"\n")
+        return digest.hexdigest()
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """(shard number, row in it)."""
+        if not 0 <= row < self.images:
+            raise IndexError(f"row must be in 0..{self.images - 1}; got {row}.")
+        shard = bisect_right(self._starts, row) - 1
+        return shard, row - self._starts[shard]
+
+    def key(self, row: int) -> str:
+        """The shard key of the image."""
+        shard, i = self.locate(row)
+        return self.indexes[shard].text("key", i)
+
+    def key_hash(self, row: int) -> int:
+        """64 bits of the key, as int64: what data.fraction decides by."""
+        return bytes_id(self.key(row).encode("utf-8", "surrogateescape"))
+
+    def shard_path(self, row: int) -> Path:
+        """The tar that holds the image."""
+        return self.indexes[self.locate(row)[0]].path
+
+    def size(self, row: int) -> tuple[int, int]:
+        """(width, height) as displayed, pixels."""
+        shard, i = self.locate(row)
+        columns = self.indexes[shard].columns
+        return int(columns["width"][i]), int(columns["height"][i])
+
+    def image_id(self, row: int) -> int:
+        """Hash of the image's bytes, int64."""
+        shard, i = self.locate(row)
+        return int(self.indexes[shard].columns["image_id"][i])
+
+    def caption_count(self, row: int) -> int:
+        """How many captions the image has; at least one."""
+        _, first, last = self._caption_range(row)
+        return last - first
+
+    def captions(self, row: int) -> list[str]:
+        """All captions of the image."""
+        shard, first, last = self._caption_range(row)
+        return [self.indexes[shard].text("caption", c) for c in range(first, last)]
+
+    def caption(self, row: int, caption: int) -> str:
+        """One caption of the image."""
+        shard, c = self._caption(row, caption)
+        return self.indexes[shard].text("caption", c)
+
+    def text_id(self, row: int, caption: int) -> int:
+        """Hash of the caption lower-cased with single spaces, int64."""
+        shard, c = self._caption(row, caption)
+        return int(self.indexes[shard].columns["caption.text_id"][c])
+
+    def flags(self, row: int, caption: int) -> int:
+        """Bit 0: a flip would make the caption false; bit 1: it names a colour."""
+        shard, c = self._caption(row, caption)
+        return int(self.indexes[shard].columns["caption.flags"][c])
+
+    def image_bytes(self, row: int) -> bytes:
+        """The encoded image as it lies in the shard, unchecked."""
+        shard, i = self.locate(row)
+        columns = self.indexes[shard].columns
+        return self._reader.read(shard, int(columns["image.offset"][i]), int(columns["image.size"][i]))
+
+    def image_crc32(self, row: int) -> int:
+        """Checksum of the image's bytes when it was indexed."""
+        shard, i = self.locate(row)
+        return int(self.indexes[shard].columns["image.crc32"][i])
+
+    def extra(self, row: int, suffix: str) -> bytes | None:
+        """Another component of the pair (KEY.SUFFIX), or None where it has none."""
+        shard, i = self.locate(row)
+        columns = self.indexes[shard].columns
+        name = f"extra.{suffix}.offset"
+        if name not in columns or columns[name][i] < 0:
+            return None
+        return self._reader.read(shard, int(columns[name][i]), int(columns[f"extra.{suffix}.size"][i]))
+
+    def close(self) -> None:
+        """Close the files that are open; the set stays usable."""
+        self._reader.close()
+
+    def _caption_range(self, row: int) -> tuple[int, int, int]:
+        shard, i = self.locate(row)
+        first, last = self.indexes[shard].columns["caption.first"][i : i + 2]
+        return shard, int(first), int(last)
+
+    def _caption(self, row: int, caption: int) -> tuple[int, int]:
+        shard, first, last = self._caption_range(row)
+        if not 0 <= caption < last - first:
+            raise IndexError(f"caption must be in 0..{last - first - 1} for {self.key(row)}; got {caption}.")
+        return shard, first + caption
