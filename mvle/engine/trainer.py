@@ -24,7 +24,7 @@ from ..data.loader import Loader, open_shards
 from ..data.plan import SamplingPlan
 from ..data.tokenizer import Tokenizer, build_tokenizer
 from ..evaluation.validation import Validation
-from ..model.model import MaskVLM
+from ..model.model import MaskVLM, parameter_counts
 from .checkpoint import Checkpointer
 from .metrics import Metrics, read_rows
 from .optim import build_optimizer, clip_and_step, learning_rate_factor, set_learning_rates
@@ -242,13 +242,6 @@ class Trainer:
         last = {k: v for k, v in rows[-1].items() if k not in ("step", "kind")}
         width = max(map(len, last))
         return "\n".join(f"    {name:<{width}}  {value:.4f}" for name, value in last.items())
-
-
-def parameter_counts(model: MaskVLM) -> dict[str, int]:
-    """Parameters of each part of the model, and of what lies outside the parts."""
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    rest = sum(p.numel() for p in model.parameters()) - sum(counts.values())
-    return counts | ({"mask insertion": rest} if rest else {})
 
 
 def architecture(model: MaskVLM) -> str:

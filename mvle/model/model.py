@@ -317,6 +317,13 @@ class MaskVLM(nn.Module):
         self.heads.temperature.log_value.clamp_(math.log(Temperature.LOW), math.log(Temperature.HIGH))
 
 
+def parameter_counts(model: MaskVLM) -> dict[str, int]:
+    """Parameters of each part of the model, and of what lies outside the parts."""
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    rest = sum(p.numel() for p in model.parameters()) - sum(counts.values())
+    return counts | ({"mask insertion": rest} if rest else {})
+
+
 def split_sequences(packed: Packed, parts: int) -> list[Packed]:
     """Cut a Packed of equal numbers of sequences into `parts`, without tails. Lengths are known on the host."""
     assert packed.lengths is not None

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mvle.config import load_config
+from mvle.model.__main__ import main
 from mvle.model.model import MaskVLM
 
 from ..helpers import MASK, VOCABULARY, make_config
@@ -101,3 +102,12 @@ def test_every_parameter_of_an_encoder_has_a_counterpart_in_vit_and_roberta_size
     text = sum(p.numel() for p in model.text_encoder.parameters())
     assert image - 768 == 85_798_656  # a mask token more
     assert text == 124_645_632 - 768 * (514 - 32) - 768 - 768 * 769  # positions, token type, pooler less
+
+
+def test_the_size_of_a_recipe_is_printed_by_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["base"]) == 0
+
+    lines = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    sizes = {name: int(count.replace(",", "")) for name, count in lines.items()}
+    assert sizes.pop("all") == sum(sizes.values())
+    assert sizes["image_encoder"] == pytest.approx(86e6, rel=0.01)  # ViT-B/16
