@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mvle_kernels import Packed
 from torch import Tensor
 
 from ..data.batch import Batch
 from ..model.model import MaskVLM
-from .split import Split, low_ratio, mask_words, no_text, patch_masks, patch_values
+from .split import MaskedText, Split, low_ratio, mask_words, no_text, patch_masks, patch_values
 
 Device = torch.device | str
 
@@ -45,7 +46,11 @@ def conditional(model: MaskVLM, split: Split, seed: int, device: Device) -> dict
 
 
 def words_by_partner(model: MaskVLM, split: Split, seed: int, device: Device) -> dict[str, Any]:
-    """{"true" | "wrong" | "none": {"loss" nats a token, "accuracy", "classes": {name: accuracy}}}."""
+    """{"true" | "wrong" | "none": {"loss" nats a token, "accuracy", "classes": {name: accuracy}, "together": {...}}}.
+
+    loss, accuracy and "together" (the words of a class): words masked as in training, masking.text_ratio of a caption
+    at once. "classes": each word of a class masked alone, the rest of its caption read: what that word owes to the image.
+    """
     partners, tokenizer = split.partners(), split.tokenizer
     classes = {name: class_ids(split, known) for name, known in split.word_classes().items()}
     tallies = {name: Tally() for name in ("true", "wrong", "none")}
@@ -62,12 +67,45 @@ def words_by_partner(model: MaskVLM, split: Split, seed: int, device: Device) ->
             tallies[name].add("loss", loss)
             tallies[name].add("accuracy", right)
             for kind, ids in classes.items():
-                tallies[name].add(kind, right[torch.isin(masked.targets, ids.to(device))])
+                tallies[name].add(f"{kind} together", right[torch.isin(masked.targets, ids.to(device))])
+        for kind, ids in classes.items():
+            alone, pair = mask_each(batch.text, ids, tokenizer.mask_id)
+            if not len(alone.targets):
+                continue
+            text, targets, pair = alone.text.to(device), alone.targets.to(device), pair.to(device)
+            for name, context in given.items():
+                logits = model.fill(text, alone.positions.to(device), None if context is None else context[pair])
+                tallies[name].add(kind, (logits.argmax(1) == targets).double())
     return {
         name: {"loss": t.mean("loss"), "accuracy": t.mean("accuracy")}
-        | ({"classes": {kind: t.mean(kind) for kind in classes}} if classes else {})
+        | (
+            {
+                "classes": {kind: t.mean(kind) for kind in classes},
+                "together": {kind: t.mean(f"{kind} together") for kind in classes},
+            }
+            if classes
+            else {}
+        )
         for name, t in tallies.items()
     }
+
+
+def mask_each(text: Packed, ids: Tensor, mask_id: int) -> tuple[MaskedText, Tensor]:
+    """Every caption once for each of its words that are in `ids`, with that one word masked; and int64, which caption
+    of `text` each of them is."""
+    captions, positions, targets, pairs, start = [], [], [], [], 0
+    for pair, caption in enumerate(text.unpack()):
+        for place in torch.isin(caption, ids.to(caption.dtype)).nonzero().flatten().tolist():
+            one = caption.clone()
+            targets.append(int(one[place]))
+            one[place] = mask_id
+            captions.append(one)
+            positions.append(start + place)
+            pairs.append(pair)
+            start += len(one)
+    where = Packed.layout_of([1] * len(positions)).with_rows(torch.tensor(positions, dtype=torch.int32))
+    masked = Packed.of(captions) if captions else text
+    return MaskedText(masked, where, torch.tensor(targets, dtype=torch.int64)), torch.tensor(pairs, dtype=torch.int64)
 
 
 def class_ids(split: Split, known: set[str]) -> Tensor:

@@ -45,14 +45,15 @@ def matching_rows(found: Mapping[str, float]) -> Rows:
 def word_rows(found: Mapping[str, Any]) -> Rows:
     """Masked words by partner."""
     classes = list(found["true"].get("classes", {}))
-    rows = [["masked words", "nats a token", "right", *(f"{name} words" for name in classes)]]
+    heads = [*(f"a {name} word alone" for name in classes), *(f"{name} among others" for name in classes)]
+    rows = [["masked words", "nats a token", "right", *heads]]
     for partner, label in (
         ("true", "with the true image"),
         ("wrong", "with a wrong image"),
         ("none", "without an image"),
     ):
         figures = found[partner]
-        known = [number(figures["classes"][name]) for name in classes]
+        known = [number(figures[how][name]) for how in ("classes", "together") for name in classes]
         rows.append([label, number(figures["loss"]), number(figures["accuracy"]), *known])
     return rows
 

@@ -7,7 +7,14 @@ import torch
 from mvle_kernels import patchify
 
 from mvle.data.shapes import BACKGROUND
-from mvle.evaluation.conditional import background_colour, conditional, object_values, pixel_difference
+from mvle.evaluation.conditional import (
+    background_colour,
+    class_ids,
+    conditional,
+    mask_each,
+    object_values,
+    pixel_difference,
+)
 from mvle.evaluation.split import Split, SplitError, mask_words, no_text, patch_masks, patch_values, to_images
 
 from .small_run import IMAGES, small_parts, write_shard
@@ -72,12 +79,29 @@ def test_the_true_partner_is_told_from_a_wrong_one_and_from_none(split):
     assert mlm["true"]["loss"] < 0.01 < mlm["wrong"]["loss"]
 
 
+def test_each_word_of_a_class_is_masked_once_and_alone(parts, split):
+    tokenizer = parts[2]
+    batch = split.batch(range(5))
+    ids = class_ids(split, {"red", "green", "blue", "yellow", "purple", "cyan"})
+
+    masked, pairs = mask_each(batch.text, ids, tokenizer.mask_id)
+
+    captions = batch.text.unpack()
+    assert len(masked.targets) == 5 * 2, "two objects a picture"
+    assert pairs.tolist() == sorted(list(range(5)) * 2)
+    assert masked.text.rows[masked.positions.rows.long()].tolist() == [tokenizer.mask_id] * 10
+    for caption, pair, target in zip(masked.text.unpack(), pairs.tolist(), masked.targets.tolist(), strict=True):
+        changed = (caption != captions[pair]).nonzero().flatten()
+        assert len(changed) == 1 and captions[pair][changed] == target and target in ids
+
+
 def test_a_model_has_the_form_of_the_results_file(parts, split):
     found = conditional(parts[3], split, seed=1, device="cpu")
     assert set(found) == {"mlm", "mim"}
     assert set(found["mlm"]) == {"true", "wrong", "none"}
     for figures in found["mlm"].values():
-        assert set(figures) == {"loss", "accuracy", "classes"} and set(figures["classes"]) == {"colour", "shape"}
+        assert set(figures) == {"loss", "accuracy", "classes", "together"}
+        assert set(figures["classes"]) == set(figures["together"]) == {"colour", "shape"}
     assert set(found["mim"]) == {"true", "wrong", "none", "background", "objects", "caption_alone"}
     assert set(found["mim"]["objects"]) == set(found["mim"]["caption_alone"]) == {"true", "wrong", "background"}
 
