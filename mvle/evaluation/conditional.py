@@ -49,7 +49,7 @@ def words_by_partner(model: MaskVLM, split: Split, seed: int, device: Device) ->
     """{"true" | "wrong" | "none": {"loss" nats a token, "accuracy", "classes": {name: accuracy}, "together": {...}}}.
 
     loss, accuracy and "together" (the words of a class): words masked as in training, masking.text_ratio of a caption
-    at once. "classes": each word of a class masked alone, the rest of its caption read: what that word owes to the image.
+    at once. "classes": each word of a class masked alone, the rest of its caption read: what it owes to the image.
     """
     partners, tokenizer = split.partners(), split.tokenizer
     classes = {name: class_ids(split, known) for name, known in split.word_classes().items()}
