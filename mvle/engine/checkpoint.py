@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..section import Section
-from .dcp_storage import CheckpointError
+from .errors import CheckpointError
 from .parallel import Parallel
 from .run import write_text
 

@@ -15,6 +15,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from .errors import CheckpointError
+
 # Plain data classes, and what tensors' sizes and layouts are made of. None of them acts when it is built.
 ALLOWED = {
     "collections": {"OrderedDict"},
@@ -32,10 +34,6 @@ ALLOWED = {
         "_MEM_FORMAT_ENCODING",
     },
 }
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none could be loaded."""
 
 
 class UnsafeCheckpoint(CheckpointError):

@@ -203,6 +203,8 @@ class Parallel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self.barrier()  # rank 0 holds the store: it must not leave first
         self.stop()
 
 

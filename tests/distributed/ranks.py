@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from mvle.train import leave
+
 
 def free_port() -> int:
     """A port that nothing listens on."""
@@ -28,6 +30,7 @@ def _enter(rank: int, function: Callable[..., None], ranks: int, port: int, argu
     )
     torch.set_num_threads(1)
     function(*arguments)
+    leave(0)  # as `python -m mvle.train` does; an exception above is reported by mp.spawn
 
 
 def run_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
