@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def _enter(rank: int, function: Callable[..., None], ranks: int, port: int, argu
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    faulthandler.enable()  # a rank that aborts says where
     function(*arguments)
     leave(0)  # as `python -m mvle.train` does; an exception above is reported by mp.spawn
 
