@@ -193,7 +193,8 @@ def cross_checks(config: Config) -> Iterator[str]:
             f"batch.micro must divide batch.total ({batch.total}); got {batch.micro}. "
             f"Set it to a divisor, such as {math.gcd(batch.total, batch.micro)}."
         )
-    yield from _check_group(config, batch.micro or batch.total, "batch.micro" if batch.micro else "batch.total")
+    else:  # advice about a micro-batch that cannot stay would contradict the line above
+        yield from _check_group(config, batch.micro or batch.total, "batch.micro" if batch.micro else "batch.total")
     if masking.cell % image.patch:
         yield (
             f"masking.cell must be a multiple of model.image.patch ({image.patch}); got {masking.cell}. "

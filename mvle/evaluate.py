@@ -104,6 +104,7 @@ def evaluate(run: OpenedRun, options: argparse.Namespace) -> dict[str, Any]:
         else:
             figures |= compute(what, run, shards, images, captions, k)
         print("\n".join(["", *tables(what, figures)]))
+    keep_other_figures(target, header)
     write(target, {**header, **figures})
     print(f"\nwritten to {target}")
     return {**header, **figures}
@@ -167,7 +168,7 @@ def fingerprint(run: OpenedRun, shards: ShardSet) -> str:
 
 
 def stored(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts that a file holds for exactly this header; {} for any other, which is then replaced."""
+    """The parts that a file holds for exactly this header; {} for any other, which is then moved aside."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -175,6 +176,21 @@ def stored(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict) or any(found.get(key) != header[key] for key in HEADER):
         return {}
     return {key: value for key, value in found.items() if key not in HEADER}
+
+
+def keep_other_figures(path: Path, header: Mapping[str, Any]) -> None:
+    """Move figures of another checkpoint, data or setting aside, under a name that says which; nothing is lost."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        same = all(found.get(key) == header[key] for key in HEADER)
+        name = f"{path.stem}.step_{found['step']}.{found['pairs']}_pairs.{found['captions']}.{found['fingerprint'][:8]}"
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError):  # no file of ours: aside with it all the same
+        same, name = False, f"{path.stem}.unknown"
+    if not same:
+        kept = path.replace(path.with_name(f"{name}{path.suffix}"))
+        print(f"\n{path} held other figures; they are kept in {kept}")
 
 
 def write(path: Path, figures: Mapping[str, Any]) -> None:

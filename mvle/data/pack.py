@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from .errors import DataError
@@ -97,6 +97,9 @@ def read_rows(source: Path) -> Iterator[dict[str, Any]]:
                 raise DataError(f"{source}, line {number}: {expected}; it is not JSON: {error}.") from error
             if not isinstance(row, dict) or not isinstance(row.get("image"), str):
                 raise DataError(f"{source}, line {number}: {expected}; it names no image.")
+            image = PurePath(row["image"])
+            if image.is_absolute() or ".." in image.parts:  # else any file here could end up in shards to be shared
+                raise DataError(f"{source}, line {number}: an image must lie under --images; got {row['image']!r}.")
             captions = row.pop("captions", row.pop("caption", None))
             captions = [captions] if isinstance(captions, str) else captions
             if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):

@@ -11,7 +11,7 @@ from PIL import Image
 from mvle.data.__main__ import main
 from mvle.data.errors import DataError
 from mvle.data.indexing import index_shard
-from mvle.data.pack import pack_jsonl
+from mvle.data.pack import pack_jsonl, read_rows
 from mvle.data.shards import ShardSet
 
 from .data_files import encode, make_shards, picture
@@ -140,3 +140,12 @@ def test_inspect_counts_what_the_shards_hold(tmp_path: Path, capsys: pytest.Capt
     assert "7 images, 14 captions in 2 shards" in report
     assert "width 32..32, height 24..24" in report and "jpeg 7" in report
     assert "left out: nothing" in report
+
+
+@pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "a/../../secret.txt"])
+def test_an_image_outside_the_folder_is_refused_by_line(tmp_path: Path, name: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"image": name, "captions": ["a caption"]}) + "\n")
+
+    with pytest.raises(DataError, match="line 1: an image must lie under --images"):
+        list(read_rows(rows))

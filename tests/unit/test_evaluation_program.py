@@ -46,12 +46,15 @@ def test_parts_are_merged_into_one_file(run):
     assert {"retrieval", "itm", "conditional"} < set(json.loads(run.evaluation.read_text()))
 
 
-def test_other_data_or_another_number_of_pairs_replaces_what_was_there(run, tmp_path):
+def test_other_data_or_another_number_of_pairs_replaces_what_was_there_and_keeps_it_aside(run, tmp_path, capsys):
     evaluate.main(["retrieval", str(run.path)])
+    before = run.evaluation.read_text()
     other = write_shard(tmp_path / "other.tar", 7)
     evaluate.main(["conditional", str(run.path), "--data", str(other)])
     found = json.loads(run.evaluation.read_text())
     assert found["data"] == [str(other)] and found["pairs"] == 7 and "retrieval" not in found
+    (kept,) = run.path.glob("evaluation.step_3.*.json")
+    assert kept.read_text() == before and str(kept) in capsys.readouterr().out
     evaluate.main(["conditional", str(run.path), "--data", str(other), "--pairs", "5"])
     assert json.loads(run.evaluation.read_text())["pairs"] == 5
 
