@@ -28,11 +28,8 @@ class StagePlan:
     contexts: Packed
     spread: Callable[[Tensor], Tensor] | None
     rows: Rows | None
-    self_first: AttentionPlan
-    self_later: AttentionPlan
-    self_last: AttentionPlan
-    cross: AttentionPlan
-    cross_last: AttentionPlan
+    self_plans: tuple[AttentionPlan, ...]  # of each block
+    cross_plans: tuple[AttentionPlan, ...]
     outputs: tuple[tuple[str, Packed], ...]  # what each set gets back, in order
 
 
@@ -77,43 +74,41 @@ def plan_stage(
         kv_index = None
     spread = None if plain else _spread(own, pieces, queries.total)
 
-    # 2) the rows that the last block computes
+    # 2) the rows that the last block computes, and 3) what each set gets back
     rows, read = None, queries
     if any(s.read != "all" for s in sets):
-        lengths: list[int] = []
-        positions: list[Tensor] = []
-        for s, parts in zip(sets, set_layouts, strict=True):
-            got = [_read_positions(s, layout) for layout in parts]
-            lengths += [n for one, _ in got for n in one]
-            positions += [p for _, p in got]
-        read = Packed.layout_of(lengths, row_multiple, x.offsets.device)
-        sequence, _, real = row_index(read)
-        where = torch.cat([*positions, positions[0].new_zeros(read.total - sum(lengths))])
-        index = (queries.offsets.long()[sequence.clamp(max=max(queries.sequences - 1, 0))] + where) * real
-        rows = Rows(index, real if sum(lengths) < read.total else None)
+        rows, read = _rows_to_read(sets, set_layouts, queries, row_multiple)
+    outputs = tuple((s.name, _output_layout(s, parts)) for s, parts in zip(sets, set_layouts, strict=True))
 
-    # 3) what each set gets back
-    outputs = []
-    for s, parts in zip(sets, set_layouts, strict=True):
-        if isinstance(s.read, Packed):
-            layout = s.read
-        else:
-            counts = [n for p in parts for n in ([1] * p.sequences if s.read == "global" else _known(s, p))]
-            layout = Packed.layout_of(counts, 1, x.offsets.device)
-        outputs.append((s.name, layout))
-    whole_first = rows is not None and spread is not None
-    return StagePlan(
-        sources=x,
-        contexts=context,
-        spread=spread,
-        rows=rows,
-        self_first=attention_plan(x if depth > 1 or rows is None or whole_first else read, x),
-        self_later=attention_plan(queries, queries) if depth > 2 else attention_plan(x, x),
-        self_last=attention_plan(read, queries),
-        cross=attention_plan(queries, context, kv_index),
-        cross_last=attention_plan(read, context, kv_index),
-        outputs=tuple(outputs),
-    )
+    # 4) who attends to whom in each block: the first meets the distinct sources, the last asks for what is read alone
+    self_plans = [attention_plan(read if depth == 1 and rows is not None and spread is None else x, x)]
+    if depth > 2:
+        self_plans += [attention_plan(queries, queries)] * (depth - 2)
+    if depth > 1:
+        self_plans.append(attention_plan(read, queries))
+    cross_plans = [attention_plan(queries, context, kv_index)] * (depth - 1)
+    cross_plans.append(attention_plan(read, context, kv_index))
+    return StagePlan(x, context, spread, rows, tuple(self_plans), tuple(cross_plans), outputs)
+
+
+def _rows_to_read(
+    sets: Sequence[QuerySet], set_layouts: Sequence[Sequence[Packed]], queries: Packed, row_multiple: int
+) -> tuple[Rows, Packed]:
+    """The rows of the query buffer that any set reads, and their layout: one sequence for each query sequence."""
+    got = [_read_positions(s, layout) for s, parts in zip(sets, set_layouts, strict=True) for layout in parts]
+    lengths = [n for one, _ in got for n in one]
+    read = Packed.layout_of(lengths, row_multiple, queries.offsets.device)
+    sequence, _, real = row_index(read)
+    positions = torch.cat([*(p for _, p in got), got[0][1].new_zeros(read.total - sum(lengths))])
+    start = queries.offsets.long()[sequence.clamp(max=max(queries.sequences - 1, 0))]
+    return Rows((start + positions) * real, real if sum(lengths) < read.total else None), read
+
+
+def _output_layout(s: QuerySet, parts: Sequence[Packed]) -> Packed:
+    if isinstance(s.read, Packed):
+        return s.read
+    counts = [n for p in parts for n in ([1] * p.sequences if s.read == "global" else _known(s, p))]
+    return Packed.layout_of(counts, 1, parts[0].offsets.device)
 
 
 def _distinct(parts: Sequence[Packed]) -> list[Packed]:
@@ -188,9 +183,9 @@ class Stage(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(
                 x,
-                plan.self_first if i == 0 else plan.self_last if i == last else plan.self_later,
+                plan.self_plans[i],
                 keys_values[i],
-                plan.cross_last if i == last else plan.cross,
+                plan.cross_plans[i],
                 plan.spread if i == 0 else None,
                 plan.rows if i == last else None,
             )
