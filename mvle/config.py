@@ -23,18 +23,20 @@ from .data.loader import DataConfig
 from .data.tokenizer import TokenizerConfig
 from .engine.checkpoint import CheckpointConfig
 from .engine.metrics import MetricsConfig
-from .engine.optim import OptimConfig, ScheduleConfig
+from .engine.optim import OptimConfig
 from .engine.parallel import BatchConfig, ParallelConfig
 from .engine.run import RunConfig
+from .engine.schedule import ScheduleConfig
 from .evaluation.config import EvaluationConfig
 from .model.config import KernelsConfig, ModelConfig
 from .objectives.config import ObjectivesConfig
 from .objectives.masking import MaskingConfig
 from .section import Section
 
-# A resumed run may differ in these: they change neither what is learned nor in which order. Two are looked at apart:
-# where the shards are, through their fingerprint, and batch.micro, through BatchArithmetic.contrast.
+# A resumed run may differ in these: they change neither what is learned nor in which order. Where the shards are is
+# looked at through their fingerprint, and the schedule through the learning rates that it has had (engine/resume.py).
 FREE_ON_RESUME = (
+    "run.name",
     "run.folder",
     "run.device",
     "run.threads",
@@ -44,6 +46,7 @@ FREE_ON_RESUME = (
     "data.shapes_folder",
     "data.threads",
     "data.max_bad_share",
+    "optim.max_skipped",
     "batch.micro",
     "parallel",
     "checkpoint",
@@ -181,7 +184,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def cross_checks(config: Config) -> Iterator[str]:
     """One message for each impossible combination of sections. Ranks are known only at run time: see `check_ranks`."""
-    batch, image, masking, schedule = config.batch, config.model.image, config.masking, config.schedule
+    batch, image, masking = config.batch, config.model.image, config.masking
     slots = config.data.slots_for(batch.total)
     if batch.total % slots:
         yield (
@@ -209,11 +212,6 @@ def cross_checks(config: Config) -> Iterator[str]:
         yield (
             "masking.insert=decoder expected masking.mode=drop, where mask tokens enter after the encoder; got "
             f"masking.mode={masking.mode}. Set masking.mode=drop or masking.insert=cross."
-        )
-    if schedule.warmup_steps > schedule.steps:
-        yield (
-            f"schedule.warmup must be at most schedule.steps ({schedule.steps}); got {schedule.warmup} steps. "
-            "A number below 1 is a share of the steps."
         )
 
 
@@ -244,11 +242,6 @@ class BatchArithmetic:
     def total(self) -> int:
         """Pairs of a step."""
         return self.ranks * self.per_rank
-
-    @property
-    def contrast(self) -> int:
-        """Pairs that a contrastive row sees: those of one forward over all ranks."""
-        return self.ranks * self.micro
 
     def __str__(self) -> str:
         return f"{self.ranks} ranks x {self.micro} x {self.accumulate} accumulate = {self.total} pairs"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .inference import OpenedRun
 
 PARTS = {"retrieval": ("retrieval", "itm"), "conditional": ("conditional",)}  # what -> keys of evaluation.json
-HEADER = ("data", "pairs", "captions", "step", "fingerprint")
+HEADER = ("data", "pairs", "captions", "step", "weights", "fingerprint")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,12 +43,31 @@ def parser() -> argparse.ArgumentParser:
         "--captions", choices=("all", "first"), help="captions that retrieval ranks (default: as in the run)"
     )
     made.add_argument("--k", type=int, metavar="K", help="candidates that are reranked (default: evaluation.k)")
-    made.add_argument(
-        "--checkpoint", type=int, metavar="STEP", help="the checkpoint of that step (default: the newest)"
-    )
+    add_checkpoint_arguments(made)
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: run.device of the run")
     made.add_argument("--json", type=Path, metavar="FILE", help="where the figures go (default: RUN/evaluation.json)")
     return made
+
+
+def add_checkpoint_arguments(made: argparse.ArgumentParser) -> None:
+    """--checkpoint and --weights: what of a run is opened."""
+    made.add_argument(
+        "--checkpoint",
+        type=step_or_best,
+        metavar="STEP|best",
+        help="the checkpoint of that step, or the best one by checkpoint.best (default: the newest)",
+    )
+    made.add_argument(
+        "--weights",
+        choices=("auto", "model", "ema"),
+        default="auto",
+        help="those that were trained, or their EMA (default: auto, the EMA where the checkpoint has one)",
+    )
+
+
+def step_or_best(text: str) -> int | str:
+    """What --checkpoint takes."""
+    return text if text == "best" else int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise RunError(f"--pairs must be 0 (all) or more; got {options.pairs}.")
         if options.k is not None and options.k < 1:
             raise RunError(f"--k must be at least 1; got {options.k}.")
-        run = open_run(options.run, options.device, options.checkpoint)
+        run = open_run(options.run, options.device, options.checkpoint, options.weights)
         evaluate(run, options)
     except (RunError, ConfigError, DataError, CheckpointError, SplitError, OSError) as error:
         print(f"mvle.evaluate: {error}", file=sys.stderr)
@@ -87,6 +106,7 @@ def evaluate(run: OpenedRun, options: argparse.Namespace) -> dict[str, Any]:
         "pairs": images,
         "captions": captions,
         "step": run.step,
+        "weights": run.weights,
         "fingerprint": fingerprint(run, shards),
     }
     target = options.json or run.folder / "evaluation.json"
@@ -95,8 +115,7 @@ def evaluate(run: OpenedRun, options: argparse.Namespace) -> dict[str, Any]:
         figures = {**stored(run.folder / "evaluation.json", header), **figures}
     wanted = [what for what in PARTS if options.what in (what, "all")]
     print(
-        f"{run.folder} at step {run.step}: {images} images of {' '.join(patterns)}, "
-        f"captions: {captions} for retrieval, the first one elsewhere"
+        f"{run}: {images} images of {' '.join(patterns)}, captions: {captions} for retrieval, the first one elsewhere"
     )
     for what in wanted:
         if figures.get(PARTS[what][0]) and (what != "retrieval" or figures["retrieval"]["k"] == k):
@@ -159,10 +178,11 @@ def open_data(run: OpenedRun, patterns: Sequence[str]) -> ShardSet:
 
 
 def fingerprint(run: OpenedRun, shards: ShardSet) -> str:
-    """What the figures stand on, as hex: the data, and the checkpoint's meta.json with its time of writing."""
+    """What figures stand on, as hex: the data, the checkpoint's meta.json with its time of writing, which weights."""
     meta = run.checkpoint / "meta.json"
+    written = str(meta.stat().st_mtime_ns)
     digest = hashlib.blake2b(digest_size=16)
-    for part in (shards.fingerprint.encode(), meta.read_bytes(), str(meta.stat().st_mtime_ns).encode()):
+    for part in (shards.fingerprint.encode(), meta.read_bytes(), written.encode(), run.weights.encode()):
         digest.update(part + b"\n")
     return digest.hexdigest()
 

@@ -8,6 +8,9 @@
 
 Images are PIL images or uint8 arrays of any size, grey, colour or with alpha (laid on white): turned upright, the
 shorter side resized, the centre cropped, as in evaluation. Results are numpy arrays. Nothing here trains.
+
+`mvle.load(RUN, step=1000)` and step="best" open another checkpoint than the newest. Where it has an EMA of the weights,
+this is what is loaded (`run.run.weights` says which); weights="model" loads those that were trained.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -28,8 +31,10 @@ from .evaluation.split import low_ratio, no_text, pack_tokens, patch_masks, to_i
 if TYPE_CHECKING:
     from .config import Config
     from .data.tokenizer import Tokenizer
+    from .engine.run import RunFolder
     from .model.model import MaskVLM
 
+Weights = Literal["auto", "model", "ema"]
 CHUNK = 64  # pairs of one forward
 MASK = "<mask>"
 
@@ -40,7 +45,10 @@ class RunError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class OpenedRun:
-    """What a run folder holds: its config, tokenizer, model (in eval, on `device`), checkpoint and its meta.json."""
+    """What a run folder holds: its config, tokenizer, model (in eval, on `device`), checkpoint and its meta.json.
+
+    weights: model (as trained) or ema (their slow average): which of the two the model has
+    """
 
     folder: Path
     config: Config
@@ -49,21 +57,34 @@ class OpenedRun:
     device: torch.device
     checkpoint: Path
     meta: dict[str, Any]
+    weights: Literal["model", "ema"]
 
     @property
     def step(self) -> int:
         """Optimizer steps that the weights have seen."""
         return int(self.meta["step"])
 
+    def __str__(self) -> str:
+        which = "EMA of the weights" if self.weights == "ema" else "weights as trained"
+        return f"{self.folder} at step {self.step} ({which})"
 
-def open_run(folder: str | Path, device: str | None = None, step: int | None = None) -> OpenedRun:
-    """Open a run folder at its newest checkpoint, or at `step`. device None: as run.device says.
 
-    Raises RunError where something is missing; CheckpointError where no checkpoint is whole or fits.
+def open_run(
+    folder: str | Path,
+    device: str | None = None,
+    step: int | Literal["best"] | None = None,
+    weights: Weights = "auto",
+) -> OpenedRun:
+    """Open a run folder at its newest checkpoint, at that of `step`, or at the best one (checkpoint.best).
+
+    device: None: as run.device says. weights: auto takes the EMA where the checkpoint has one; OpenedRun.weights says
+    what was taken. Raises RunError where something is missing; CheckpointError where no checkpoint is whole or fits, or
+    where weights is ema and there is none.
     """
     from .config import load_config
     from .data.tokenizer import Tokenizer
-    from .engine.checkpoint import PREFIX, find_latest, load_checkpoint, step_of
+    from .engine.checkpoint import load_checkpoint
+    from .engine.checkpoint_tensors import has_ema
     from .engine.run import RunFolder
     from .model.model import MaskVLM
 
@@ -71,19 +92,40 @@ def open_run(folder: str | Path, device: str | None = None, step: int | None = N
     if not run.config.is_file():
         raise RunError(f"RUN must be the folder of a run, with its config.yaml; got {folder}. `mvle.train` makes one.")
     config = load_config(run.config)
-    path = find_latest(run.checkpoints) if run.checkpoints.is_dir() else None
-    if path is None:
-        raise RunError(f"{folder} has no checkpoint yet; train it first: python -m mvle.train {run.config}")
-    if step is not None:
-        path = run.checkpoints / f"{PREFIX}{step:08d}"
-        if not path.is_dir():
-            kept = ", ".join(str(step_of(p)) for p in sorted(run.checkpoints.glob(f"{PREFIX}*")))
-            raise RunError(f"{folder} has no checkpoint of step {step}; it keeps steps {kept}.")
+    path = find_checkpoint(run, step)
+    taken: Literal["model", "ema"] = ("ema" if has_ema(path) else "model") if weights == "auto" else weights
     tokenizer = Tokenizer.load(run.tokenizer)
     model = MaskVLM(config, tokenizer.vocabulary, tokenizer.mask_id)
-    meta = load_checkpoint(path, model)
+    meta = load_checkpoint(path, model, taken)
     where = torch.device(pick_device(device or config.run.device))
-    return OpenedRun(run.path, config, tokenizer, model.eval().requires_grad_(False).to(where), where, path, meta)
+    model.eval().requires_grad_(False).to(where)
+    return OpenedRun(run.path, config, tokenizer, model, where, path, meta, taken)
+
+
+def find_checkpoint(run: RunFolder, step: int | Literal["best"] | None) -> Path:
+    """The newest checkpoint of a run (None), that of a step, or the best one. Raises RunError, CheckpointError."""
+    from .engine.checkpoint_best import read_best
+    from .engine.checkpoint_files import find_latest, folder_of, steps_in
+
+    kept = steps_in(run.checkpoints)
+    if not kept:
+        raise RunError(f"{run.path} has no checkpoint yet; train it first: python -m mvle.train {run.config}")
+    if step is None:
+        newest = find_latest(run.checkpoints)
+        assert newest is not None, "there are some, so that one is found or an error raised"
+        return newest
+    if step == "best":
+        best = read_best(run.checkpoints)
+        if best is None:
+            raise RunError(
+                f"{run.path} has no best checkpoint ({run.checkpoints / 'best.json'}): training marks one at a "
+                "validation where checkpoint.best names a figure, such as val_loss."
+            )
+        step = best.step
+    if step not in kept:
+        steps = ", ".join(map(str, kept))
+        raise RunError(f"{run.path} has no checkpoint of step {step}; it keeps steps {steps}.")
+    return folder_of(run.checkpoints, step)
 
 
 def pick_device(name: str) -> str:
@@ -99,9 +141,14 @@ class Pretrained:
         self.config, self.tokenizer, self.model, self.device = run.config, run.tokenizer, run.model, run.device
 
     @staticmethod
-    def open(folder: str | Path, device: str = "cpu") -> Pretrained:
-        """What `mvle.load` calls. device: cpu, cuda, auto. Raises RunError, CheckpointError."""
-        return Pretrained(open_run(folder, device))
+    def open(
+        folder: str | Path,
+        device: str = "cpu",
+        step: int | Literal["best"] | None = None,
+        weights: Weights = "auto",
+    ) -> Pretrained:
+        """What `mvle.load` calls; see `open_run`. device: cpu, cuda, auto. Raises RunError, CheckpointError."""
+        return Pretrained(open_run(folder, device, step, weights))
 
     def encode_images(self, images: Sequence[Any]) -> NDArray[np.float32]:
         """float32 [n, d], unit length."""

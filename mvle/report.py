@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .evaluate import add_checkpoint_arguments
+
 if TYPE_CHECKING:
     from .data.shards import ShardSet
     from .inference import OpenedRun
@@ -31,9 +33,7 @@ def parser() -> argparse.ArgumentParser:
         "--pairs", type=int, metavar="N", help="images that retrieval searches (default: evaluation.pairs)"
     )
     made.add_argument("--rows", type=int, default=8, help="pairs in the sections of pictures and of words")
-    made.add_argument(
-        "--checkpoint", type=int, metavar="STEP", help="the checkpoint of that step (default: the newest)"
-    )
+    add_checkpoint_arguments(made)
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: run.device of the run")
     return made
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .inference import RunError, open_run
 
     try:
-        run = open_run(options.run, options.device, options.checkpoint)
+        run = open_run(options.run, options.device, options.checkpoint, options.weights)
         print(f"page: {write_report(run, options)}")
     except (RunError, ConfigError, DataError, CheckpointError, SplitError, OSError) as error:
         print(f"mvle.report: {error}", file=sys.stderr)
@@ -82,12 +82,12 @@ def write_report(run: OpenedRun, options: argparse.Namespace) -> Path:
 
 
 def figures(run: OpenedRun) -> dict[str, Any]:
-    """evaluation.json, if it speaks of this checkpoint."""
+    """evaluation.json, if it speaks of this checkpoint and these of its weights."""
     path = run.folder / "evaluation.json"
     if not path.is_file():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found.get("step") == run.step else {}
+    return found if (found.get("step"), found.get("weights")) == (run.step, run.weights) else {}
 
 
 def facts(
@@ -103,6 +103,7 @@ def facts(
         ("steps", f"{run.step:,} of {config.schedule.steps:,}"),
         ("pairs seen", f"{run.meta.get('pairs_seen', run.step * config.batch.total):,}"),
         ("parameters", f"{parameters / 1e6:.2f} M"),
+        ("weights", "EMA (slow average)" if run.weights == "ema" else "as trained"),
         ("images", f"{image.size} px, patches of {image.patch}"),
         ("masked", f"{share} of {config.masking.cell}-px cells, {config.masking.text_ratio:g} of the words"),
         ("trained on", " ".join(config.data.train or ())),

@@ -21,6 +21,7 @@ class Batch:
     keys        the shard key of each pair, for messages
     image_ratio the share of cells to mask in each image, on the host (drawn by the plan, so known before the step)
     extras      what a set knows beside the pair: e.g. "objects" uint8 [B, height, width], "scene" list of dict
+    replaced    how many of the pairs stand in for a bad image; truncated: how many captions were cut (host ints)
     masks       given masks instead of drawn ones: {"image": bool [B, N]} and/or {"text": bool [T]}, True = masked
     """
 
@@ -33,6 +34,8 @@ class Batch:
     image_ratio: tuple[float, ...]
     extras: dict[str, Any] = field(default_factory=dict)
     masks: dict[str, Tensor] | None = None
+    replaced: int = 0
+    truncated: int = 0
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -51,7 +54,8 @@ class Batch:
         )
 
     def micro(self, start: int, stop: int, row_multiple: int = 1) -> Batch:
-        """Pairs start .. stop as a batch of their own. Batches with given masks are not split."""
+        """Pairs start .. stop as a batch of their own. Batches with given masks are not split; the counts of replaced
+        pairs and cut captions stay with the whole."""
         if self.masks is not None:
             raise ValueError("a batch with given masks cannot be split into micro-batches.")
         if start == 0 and stop == len(self):
@@ -66,4 +70,6 @@ class Batch:
             keys=self.keys[start:stop],
             image_ratio=self.image_ratio[start:stop],
             extras={},
+            replaced=0,
+            truncated=0,
         )

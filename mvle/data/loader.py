@@ -6,11 +6,16 @@ step are the same on any number of ranks and threads.
 
 A bad image: every image was decoded once when it was indexed, so a checksum or decode error now means that a disk or a
 copy went wrong. The pair is replaced by the row that its slot would give next (SamplingPlan.replacement), the key is
-named once in a warning, and the run stops with the list when more than data.max_bad_share of the images fail.
+named once in a warning, and the run stops with the list when more than data.max_bad_share of the images fail. Which row
+replaces it depends on the counter and the disk alone, not on what this process met before: a resumed run and any number
+of ranks choose the same.
+
+A bad file (gone, cut, another one in its place) is no bad image: DataError at once, with its name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import queue
@@ -18,7 +23,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -34,6 +39,7 @@ from .errors import DataError
 from .plan import Draw, SamplingPlan, evaluation_pairs
 from .shards import ShardSet
 from .tokenizer import Tokenizer
+from .workers import Workers
 
 __all__ = ["DataConfig", "Loader", "evaluation_batch", "evaluation_pairs", "open_shards"]
 
@@ -41,6 +47,7 @@ log = logging.getLogger(__name__)
 
 _ATTEMPTS = 64  # rows tried in place of a bad one before the run stops
 _EARLY_PAIRS = 1000  # before so many pairs were read, max_bad_share is a share of this number
+_CLOSE_SECONDS = 5.0  # how long close() waits for a thread that hangs in a read
 
 
 class DataConfig(Section):
@@ -127,8 +134,8 @@ class Loader:
 
     image_size: side of the windows, pixels · max_tokens: longest caption with bos and eos · row_multiple: the packed
     text is rounded up to it · pin_memory: put batches where a GPU fetches them while the CPU goes on.
-    wait_seconds: how long the consumer waited for batches · truncated: captions that were cut · replaced: pairs that
-    stand in for a bad image · bad: key -> reason. A failure in the threads is raised by the iterator.
+    wait_seconds: how long the consumer waited for batches · bad: key and shard -> reason. A failure in the threads is
+    raised by the iterator.
     """
 
     def __init__(
@@ -151,18 +158,29 @@ class Loader:
         self.image_size, self.max_tokens, self.row_multiple = image_size, max_tokens, row_multiple
         self.rank, self.ranks, self.start_step, self.steps = rank, ranks, start_step, steps
         self.pin_memory = pin_memory
-        self.wait_seconds, self.truncated, self.replaced = 0.0, 0, 0
+        self._whose = f"rank {rank}: " if ranks > 1 else ""  # how its messages begin
+        self.wait_seconds = 0.0
         self.bad: dict[str, str] = {}
         self._bad_rows: set[int] = set()
         self._pairs = 0
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._workers: Workers | None = None
+        self._stage = "not started"
+
+    def doing(self) -> str:
+        """What the threads are at, in a few words, for a message about a wait that is too long; never waits itself."""
+        if reads := self.shards.reading():
+            names = ", ".join(f"{path} (for {seconds:.0f} s)" for path, seconds in reads)
+            return f"{self._stage}: reading {names}"
+        return self._stage
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._stop.is_set():
+            raise RuntimeError("this loader is closed: a loader is iterated once. Make another one.")
         if self._thread is None:
-            self._pool = ThreadPoolExecutor(self.config.threads, thread_name_prefix="decode")
+            self._workers = Workers(self.config.threads, "decode")
             self._thread = threading.Thread(target=self._run, daemon=True, name="loader")
             self._thread.start()
         try:
@@ -187,14 +205,24 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """End the threads. Safe to call twice."""
+        """End the threads. Safe to call twice. One that hangs in a read is waited for a few seconds, then left behind
+        with a warning: it is a daemon, and the process can end without it."""
+        if self._stop.is_set():
+            return
         self._stop.set()
+        if self._thread is None or self._workers is None:
+            return
         while not self._ready.empty():
             self._ready.get_nowait()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-        if self._pool is not None:
-            self._pool.shutdown()
+        until = time.monotonic() + _CLOSE_SECONDS
+        self._thread.join(_CLOSE_SECONDS)  # before the workers end: it may still need them for the batch in hand
+        self._workers.stop()
+        for thread in self._workers.threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        with contextlib.suppress(queue.Full):
+            self._ready.put_nowait(None)  # ends the wait of a consumer in another thread
+        if any(thread.is_alive() for thread in (self._thread, *self._workers.threads)):
+            log.warning("%sclosing the loader leaves a thread behind that hangs: %s", self._whose, self.doing())
 
     # --- the loader's thread -----------------------------------------------------------------------------------------
 
@@ -202,10 +230,14 @@ class Loader:
         step = self.start_step
         try:
             while not self._stop.is_set() and (self.steps is None or step < self.steps):
-                self._hand_over(self.load(step))
+                batch = self.load(step)
+                self._stage = f"step {step}, waiting for the trainer"
+                self._hand_over(batch)
                 step += 1
+            self._stage = "finished"
             self._hand_over(None)
         except Exception as error:  # the consumer raises it, with this thread's traceback
+            self._stage = f"{self._stage}, failed ({type(error).__name__})"
             self._hand_over(error)
 
     def _hand_over(self, batch: Batch | BaseException | None) -> None:
@@ -217,34 +249,39 @@ class Loader:
 
     def load(self, step: int) -> Batch:
         """The batch of one step, made here and now: what the iterator gives for it."""
-        draws = self.plan.draws(self.plan.positions(step, self.rank, self.ranks))
+        self._stage = f"step {step}, preparing images"
+        counters = self.plan.positions(step, self.rank, self.ranks)
+        self.shards.check_indexes(self.plan.rows(counters))
+        draws = self.plan.draws(counters)
         images = np.empty((len(draws), self.image_size, self.image_size, 3), np.uint8)
         failed = self._decode_all(draws, images)
         self._pairs += len(draws)
+        replaced = 0
         for i, error in enumerate(failed):  # in the order of the batch, whichever thread was first
             if error is not None:
                 draws[i] = self._replace(draws[i], error, images[i])
+                replaced += 1
 
+        self._stage = f"step {step}, preparing captions"
+        self.shards.check_indexes([draw.row for draw in draws])  # again: decoding takes a while
         captions = [self.shards.caption(draw.row, draw.caption) for draw in draws]
-        ids, cut = self.tokenizer.encode(captions, self.max_tokens)
-        self.truncated += cut
+        ids, truncated = self.tokenizer.encode(captions, self.max_tokens)
         batch = _assemble(self.shards, draws, torch.from_numpy(images), ids, self.max_tokens, self.row_multiple)
+        batch = replace(batch, replaced=replaced, truncated=truncated)
         return pinned(batch) if self.pin_memory else batch
 
     def _decode_all(self, draws: Sequence[Draw], images: Pixels) -> list[BadImageError | None]:
-        if self._pool is None:
+        if self._workers is None:
             return [self._decode(draw, image) for draw, image in zip(draws, images, strict=True)]
         # A few pairs a task: handing over single small pictures costs as much as decoding them.
         size = max(1, min(16, len(draws) // (2 * self.config.threads)))
-        parts = self._pool.map(
+        parts = self._workers.map(
             lambda at: [self._decode(draws[i], images[i]) for i in range(at, min(at + size, len(draws)))],
             range(0, len(draws), size),
         )
         return [error for part in parts for error in part]
 
     def _decode(self, draw: Draw, into: Pixels) -> BadImageError | None:
-        if draw.row in self._bad_rows:
-            return BadImageError("it failed before")
         try:
             into[:] = read_window(self.shards, draw, self.image_size, self.config.max_pixels)
         except BadImageError as error:
@@ -257,13 +294,13 @@ class Loader:
         for attempt in range(1, _ATTEMPTS + 1):
             if bad is not None:
                 self._note(*bad)
+            self.shards.check_indexes([self.plan.row(draw.counter, attempt)])
             other = self.plan.replacement(draw.counter, attempt)
             error_again = self._decode(other, into)
             if error_again is None:
-                self.replaced += 1
                 return other
             bad = (other.row, error_again)
-        raise DataError(f"{_ATTEMPTS} images in a row cannot be read.\n{self._bad_list()}")
+        raise DataError(f"{self._whose}{_ATTEMPTS} images in a row cannot be read.\n{self._bad_list()}")
 
     def _note(self, row: int, error: BadImageError) -> None:
         if row in self._bad_rows:
@@ -271,12 +308,12 @@ class Loader:
         self._bad_rows.add(row)
         name = f"{self.shards.key(row)} ({self.shards.shard_path(row)})"
         self.bad[name] = str(error)
-        log.warning("image %s is bad and gets replaced: %s", name, error)
+        log.warning("%simage %s is bad and gets replaced: %s", self._whose, name, error)
         share = self.config.max_bad_share
         if len(self._bad_rows) > share * max(self._pairs, _EARLY_PAIRS):
             raise DataError(
-                f"{len(self._bad_rows)} images failed within {self._pairs} pairs, over data.max_bad_share={share}.\n"
-                f"{self._bad_list()}"
+                f"{self._whose}{len(self._bad_rows)} images failed within {self._pairs} pairs, over "
+                f"data.max_bad_share={share}.\n{self._bad_list()}"
             )
 
     def _bad_list(self) -> str:
@@ -303,6 +340,7 @@ def evaluation_batch(
     extras: also "objects" (uint8 [B, image_size, image_size], 1 = a pixel of an object; left out where a pair has no
     objects.png) and "scene" (list of dict or None; positions moved with the crop). Raises BadImageError with the key.
     """
+    shards.check_indexes([int(row) for row in rows])
     draws = []
     for row, caption in zip(rows, caption_indices, strict=True):
         window = centred_square(*shards.size(int(row)))
@@ -321,9 +359,11 @@ def evaluation_batch(
 
 
 def read_window(shards: ShardSet, draw: Draw, size: int, max_pixels: int) -> Pixels:
-    """The drawn window: uint8 [size, size, 3]. Raises BadImageError where the bytes changed or do not decode."""
+    """The drawn window: uint8 [size, size, 3]. Raises BadImageError where the bytes changed or do not decode, DataError
+    where the shard is not the file that was opened."""
     data = shards.image_bytes(draw.row)
     if zlib.crc32(data) != shards.image_crc32(draw.row):
+        shards.check_shard(draw.row)  # another file, or bad bytes in the right one?
         raise BadImageError("its bytes are not those that were indexed (checksum)")
     try:
         # The index holds whatever passed the bound of its own day; the bytes are the same, so a larger one is no news.
@@ -335,8 +375,6 @@ def read_window(shards: ShardSet, draw: Draw, size: int, max_pixels: int) -> Pix
 
 def pinned(batch: Batch) -> Batch:
     """The batch in page-locked memory, from which a GPU copies while the CPU goes on."""
-    from dataclasses import replace
-
     text = replace(batch.text, rows=batch.text.rows.pin_memory(), offsets=batch.text.offsets.pin_memory(), cache={})
     return replace(
         batch,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .captions import bytes_id
 from .errors import DataError
-from .index import ShardIndex, open_indexes
+from .index import ShardIndex, open_indexes, shard_changed
 from .patterns import expand_pattern
 from .reader import ShardReader
 from .shapes import shape_shards
@@ -29,7 +29,10 @@ class ShardSet:
         self.indexes = list(indexes)
         self.shard_sizes = tuple(index.images for index in self.indexes)  # images of each shard
         self._starts = [0, *accumulate(self.shard_sizes)]
-        self._reader = ShardReader([index.path for index in self.indexes])
+        self._reader = ShardReader(
+            [index.path for index in self.indexes], [index.header["size"] for index in self.indexes]
+        )
+        self._times = [index.path.stat().st_mtime_ns for index in self.indexes]
         self.images = self._starts[-1]
         self.pairs = sum(index.pairs for index in self.indexes)
         if self.images == 0:
@@ -125,7 +128,8 @@ class ShardSet:
         return int(self.indexes[shard].columns["caption.flags"][c])
 
     def image_bytes(self, row: int) -> bytes:
-        """The encoded image as it lies in the shard, unchecked."""
+        """The encoded image as it lies in the shard, unchecked. Raises DataError: the file is gone, of another size, or
+        cannot be read."""
         shard, i = self.locate(row)
         columns = self.indexes[shard].columns
         return self._reader.read(shard, int(columns["image.offset"][i]), int(columns["image.size"][i]))
@@ -143,6 +147,29 @@ class ShardSet:
         if name not in columns or columns[name][i] < 0:
             return None
         return self._reader.read(shard, int(columns[name][i]), int(columns[f"extra.{suffix}.size"][i]))
+
+    def check_indexes(self, rows: Sequence[int]) -> None:
+        """Raise DataError if an index that these rows need is gone or was cut (see ShardIndex.check)."""
+        for shard in {self.locate(row)[0] for row in rows}:
+            self.indexes[shard].check()
+
+    def check_shard(self, row: int) -> None:
+        """Raise DataError if the shard of a row whose bytes are wrong is gone, or was written since the set was opened:
+        then it is another file, and all its images are wrong."""
+        shard, _ = self.locate(row)
+        index = self.indexes[shard]
+        expected = f"the {index.header['size']:,} bytes that were indexed"
+        try:
+            time_ns = index.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            raise shard_changed(index.path, expected, "it is gone") from None
+        if time_ns != self._times[shard]:
+            now = f"it was written since the run began, and the bytes of {self.key(row)} are others"
+            raise shard_changed(index.path, expected, now)
+
+    def reading(self) -> list[tuple[Path, float]]:
+        """What threads read at the moment: (shard, for how many seconds), the longest first."""
+        return self._reader.reading()
 
     def close(self) -> None:
         """Close the files that are open; the set stays usable."""

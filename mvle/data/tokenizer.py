@@ -28,6 +28,7 @@ _FILE, _NOTE = "tokenizer.json", "mvle_tokenizer.json"
 _ROLES = ("bos_id", "pad_id", "eos_id", "unk_id", "mask_id")
 _MOST_CAPTIONS = 5_000_000  # more teach a vocabulary nothing new
 _REACH_SECONDS = 4.0
+_ROBERTA_WORDS = 50_265
 
 
 class TokenizerConfig(Section):
@@ -152,6 +153,16 @@ def check_tokenizer(config: TokenizerConfig, run_folder: str | os.PathLike[str])
     """
     if config.kind == "transformers" and not (Path(run_folder) / "tokenizer" / _NOTE).is_file():
         Tokenizer.load(config.name)
+
+
+def known_vocabulary(config: TokenizerConfig) -> tuple[int, str]:
+    """(number of ids, where that comes from), as far as it is known before any caption is read."""
+    if config.kind == "bpe":
+        return config.vocabulary, "at most; a run trains them on the captions of data.train"
+    try:
+        return Tokenizer.load(config.name).vocabulary, f"{config.name}"
+    except TokenizerError:
+        return _ROBERTA_WORDS, f"as roberta-base has; {config.name} cannot be had here, and a run would need it"
 
 
 def all_captions(shards: Any) -> Iterator[str]:

@@ -5,3 +5,14 @@ from __future__ import annotations
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none could be loaded."""
+
+
+def first_cause(error: BaseException) -> str:
+    """Kind and first line of what went wrong, from inside DCP's wrapping."""
+    for inner, *_ in getattr(error, "failures", {}).values():
+        return first_cause(inner)
+    causes = [error]
+    while (above := causes[-1].__cause__ or causes[-1].__context__) is not None and above not in causes:
+        causes.append(above)
+    cause = next((c for c in causes if isinstance(c, OSError)), error)  # a full disk hides behind torch's own error
+    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}"

@@ -1,7 +1,7 @@
 """What a run says of itself: a row in metrics.jsonl and a line on the screen every metrics.every steps.
 
 Numbers are added up on the device; the host asks for them at a log line alone. A terminal gets a progress bar below
-the lines, everything else (a file, torchrun's output) the lines.
+the lines, everything else (a file, torchrun's output) the lines. Trackers (TensorBoard, W&B) get the rows too.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..section import Section
 from .parallel import Parallel
 from .run import write_text
+from .trackers import Tracker
 
 PARTS = ("mim", "mlm", "itc", "itm")  # shown in brackets behind the loss
 
@@ -31,6 +33,29 @@ class MetricsConfig(Section):
     """The log."""
 
     every: int = Field(10, gt=0, description="steps between log lines, and between rows of metrics.jsonl")
+    gradient_norms: int = Field(
+        0,
+        ge=0,
+        description="steps between norms of each objective's own gradient, in rows as grad_norm_NAME (each costs a "
+        "backward for each objective); 0: never",
+    )
+    tensorboard: bool = Field(False, description="rows also as TensorBoard events, in tensorboard/ of the run's folder")
+    wandb: str | None = Field(
+        None, min_length=1, description="project of Weights & Biases that gets the rows too, named run.name; null: none"
+    )
+    profile: tuple[int, int] | None = Field(
+        None,
+        description="first and last step that torch's profiler watches on rank 0: a trace for chrome://tracing or "
+        "Perfetto and a table of the costliest operators, in profile/ of the run's folder; a few steps are enough",
+    )
+
+    @field_validator("profile")
+    @classmethod
+    def check_profile(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        """First and last, counted from 1."""
+        if value is not None and not 1 <= value[0] <= value[1]:
+            raise ValueError(f"expected [first, last] step, at least 1 and in this order; got {list(value)}")
+        return value
 
 
 class Metrics:
@@ -40,6 +65,7 @@ class Metrics:
     steps        of the whole run, for the ETA
     pairs        of one step, over all ranks
     start        steps done before this process
+    trackers     get the numbers of every row, and are closed with the rest
     terminal     whether to draw a progress bar; None: if standard output is a terminal
     """
 
@@ -52,15 +78,17 @@ class Metrics:
         steps: int,
         pairs: int,
         start: int = 0,
+        trackers: Sequence[Tracker] = (),
         terminal: bool | None = None,
     ) -> None:
         self.path, self.config, self.parallel = Path(path), config, parallel
-        self.steps, self.pairs = steps, pairs
+        self.steps, self.pairs, self.trackers = steps, pairs, trackers
         self._seconds_a_step = math.nan
         self._names: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self._totals: dict[str, Tensor] = {}
+        self._extra: dict[str, Tensor] = {}
         self._applied: Tensor | None = None
-        self._wait, self._steps = 0.0, 0
+        self._wait, self._steps, self._replaced, self._truncated = 0.0, 0, 0, 0
         self._file: Any = None
         self._bar: Any = None
         if parallel.is_main:
@@ -82,15 +110,19 @@ class Metrics:
         skipped: Tensor,
         wait: float,
         lr: float,
+        replaced: int = 0,
+        truncated: int = 0,
     ) -> dict[str, Any] | None:
         """Count one step; at a log step write its row and line, and return the row.
 
-        step     steps done, this one included
-        sums     0-d tensors, this rank's part: added over ranks (losses and accuracies, already divided by counts)
-        state    0-d tensors that every rank has alike (grad_norm, temperature)
-        skipped  0-d, 1 where the step was not finite: it is counted, and enters no mean
-        wait     seconds that this rank waited for data; rank 0's are reported
-        lr       learning rate of this step (of the group with the highest peak)
+        step       steps done, this one included
+        sums       0-d tensors, this rank's part: added over ranks (losses and accuracies, already divided by counts)
+        state      0-d tensors that every rank has alike (grad_norm, temperature)
+        skipped    0-d, 1 where the step was not finite: it is counted, and enters no mean
+        wait       seconds that this rank waited for data; rank 0's are reported
+        lr         learning rate of this step (of the group with the highest peak)
+        replaced   pairs of this rank's step that stand in for images that cannot be read   } a row has their sums over
+        truncated  captions of this rank's step that were cut to model.text.max_tokens     } its steps and all ranks
         All ranks must call it at every step: at a log step they add up their sums.
         """
         names = (tuple(sums), tuple(state))
@@ -101,11 +133,13 @@ class Metrics:
         applied = 1 - skipped.detach().to(self.parallel.device, torch.float32)
         for part, values in (("sums", sums), ("state", state)):
             if values:
-                row = torch.stack([v.detach().to(torch.float32).reshape(()) for v in values.values()])
+                row = _stack(values.values())
                 row = torch.where(applied > 0, row, 0.0)  # not a product: NaN * 0 is NaN
                 self._totals[part] = row if part not in self._totals else self._totals[part] + row
         self._applied = applied if self._applied is None else self._applied + applied
         self._wait += wait
+        self._replaced += replaced
+        self._truncated += truncated
         self._steps += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
@@ -113,26 +147,38 @@ class Metrics:
             return None
         return self._log(step, lr)
 
+    def extra(self, values: Mapping[str, Tensor]) -> None:
+        """Values that come at some steps only: 0-d tensors that every rank has alike and nobody changes any more. The
+        next row holds the last of each name; the host does not wait for them before."""
+        self._extra.update(values)
+
     def _log(self, step: int, lr: float) -> dict[str, Any]:
-        totals = self._totals
-        reduced = self.parallel.all_reduce_sum(totals["sums"]) if "sums" in totals else torch.empty(0)
-        parts = [reduced.cpu(), totals.get("state", torch.empty(0)).cpu()]
-        numbers = torch.cat(parts).tolist()  # sync: the log line
+        device = self.parallel.device
+        nothing = torch.empty(0, device=device)
+        counts = torch.tensor([self._replaced, self._truncated], dtype=torch.float32, device=device)
+        sums = self.parallel.all_reduce_sum(torch.cat([self._totals.get("sums", nothing).to(device), counts]))
+        state, extra = self._totals.get("state", nothing), _stack(self._extra.values()) if self._extra else nothing
+        numbers = torch.cat([part.cpu() for part in (sums, state, extra)]).tolist()  # sync: the log line
         applied = float(self._applied) if self._applied is not None else 0.0
         # the clock is read after the device was waited for, so that the interval holds the work of its steps
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         assert self._names is not None
+        names = [*self._names[0], "replaced", "truncated", *self._names[1], *self._extra]
+        values = dict(zip(names, numbers, strict=True))
         means = {
-            name.replace("_correct", "_accuracy"): number / applied if applied else math.nan
-            for name, number in zip([*self._names[0], *self._names[1]], numbers, strict=True)
+            name.replace("_correct", "_accuracy"): values[name] / applied if applied else math.nan
+            for name in (*self._names[0], *self._names[1])
         }
         rate = seconds / self._steps
         old = self._seconds_a_step
         self._seconds_a_step = rate if math.isnan(old) else 0.7 * old + 0.3 * rate
         row = {
             **means,
+            **{name: values[name] for name in self._extra},
             "lr": lr,
             "skipped": round(self._steps - applied),
+            "replaced": round(values["replaced"]),
+            "truncated": round(values["truncated"]),
             "pairs": step * self.pairs,
             "pairs/s": self._steps * self.pairs / seconds,
             "data_wait": min(self._wait / seconds, 1.0),
@@ -161,13 +207,17 @@ class Metrics:
             f"mem {row['mem_gib']:.2f} GiB",
             f"eta {duration((self.steps - step) * self._seconds_a_step)}",
         ]
+        if row["replaced"]:
+            fields.append(f"replaced {row['replaced']} pairs with bad images")
+        if row["truncated"]:
+            fields.append(f"truncated {row['truncated']} captions")
         if row["skipped"]:
             fields.append(f"SKIPPED {row['skipped']} steps that were not finite")
         return "  ".join(fields)
 
     def _begin_interval(self) -> None:
-        self._totals, self._applied = {}, None
-        self._wait, self._steps = 0.0, 0
+        self._totals, self._extra, self._applied = {}, {}, None
+        self._wait, self._steps, self._replaced, self._truncated = 0.0, 0, 0, 0
         self._started, self._paused = time.perf_counter(), 0.0
 
     @contextlib.contextmanager
@@ -187,8 +237,12 @@ class Metrics:
         if self._file is None:
             return
         row = {"step": step, "kind": kind, **values}
-        self._file.write(json.dumps({k: _plain(v) for k, v in row.items()}, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
         self._file.flush()
+        numbers = {k: v for k, v in values.items() if type(v) in (int, float) and math.isfinite(v)}
+        if numbers:
+            for tracker in self.trackers:
+                tracker.record(step, kind, numbers)
         if line is None:
             shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
             line = f"step {step:0{len(str(self.steps))}d}/{self.steps}  {kind}  {shown}"
@@ -209,20 +263,25 @@ class Metrics:
         self._task = self._bar.add_task("train", total=self.steps, completed=start)
         self._bar.start()
 
-    def close(self) -> None:
-        """Close the file and leave the terminal as it was."""
+    def close(self, failed: bool = False) -> None:
+        """Close the file and the trackers, and leave the terminal as it was. failed: the run ended by an error."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
         if self._file is not None:
             self._file.close()
             self._file = None
+        trackers, self.trackers = self.trackers, ()
+        for tracker in trackers:
+            tracker.close(failed)
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
 
 
 # --- files and words -------------------------------------------------------------------------------------------------
@@ -269,7 +328,13 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
 
 
+def _stack(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack([v.detach().to(torch.float32).reshape(()) for v in values])
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
     return value

@@ -1,13 +1,12 @@
-"""AdamW with its four groups, the learning-rate schedule, and the clipped step that skips what is not finite.
+"""AdamW with its four groups, and the clipped step that skips what is not finite.
 
 No call here waits for the device: norms, clipping and the decision to skip stay on it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from pydantic import Field, field_validator
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ..section import Section
+from .schedule import ScheduleConfig, learning_rate_factor, set_learning_rates  # noqa: F401  until its users import it
 
 
 class OptimConfig(Section):
@@ -31,6 +31,12 @@ class OptimConfig(Section):
         0.05, ge=0, description="decoupled decay of matrices; biases, norms, positions and tokens have none"
     )
     clip: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    max_skipped: int = Field(
+        5, gt=0, description="so many steps in a row whose gradient is not finite stop the run; fewer are skipped"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="a slow average of the weights is kept, with this decay a step; null: none"
+    )
 
     @field_validator("betas")
     @classmethod
@@ -39,29 +45,6 @@ class OptimConfig(Section):
         if not all(0 <= b < 1 for b in value):
             raise ValueError(f"expected two numbers of at least 0 and below 1; got {value}")
         return value
-
-
-class ScheduleConfig(Section):
-    """How long a run is, and how the learning rate moves meanwhile."""
-
-    steps: int = Field(1000, gt=0, description="optimizer steps of the run")
-    kind: Literal["cosine"] = Field("cosine", description="linear warm-up, then half a cosine down to the floor")
-    warmup: int | float = Field(
-        0.05, ge=0, description="below 1: share of schedule.steps; otherwise a whole number of steps"
-    )
-
-    @field_validator("warmup")
-    @classmethod
-    def check_warmup(cls, value: int | float) -> int | float:
-        """A share, or whole steps."""
-        if value >= 1 and value != int(value):
-            raise ValueError(f"expected a share below 1 or a whole number of steps; got {value}")
-        return value
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps until the peak is reached."""
-        return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
 
 
 class Trainable(Protocol):
@@ -102,35 +85,24 @@ def build_optimizer(model: Trainable, config: OptimConfig) -> AdamW:
     return AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
-def learning_rate_factor(step: int, schedule: ScheduleConfig, floor: float) -> float:
-    """Share of the peak at `step` (0 for the first): up in a line to 1 at the end of the warm-up, then half a cosine
-    down to `floor` (optim.min_lr_ratio), which the last step has."""
-    warmup = min(schedule.warmup_steps, schedule.steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step + 1 - warmup) / (schedule.steps - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give each group its peak times `factor`."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
+def total_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Norm of all gradients of the optimizer's parameters, over all ranks: 0-d on the device; all ranks must ask."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients have a sharded norm
 
 
 def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:
     """Clip to `max_norm` over all parameters of the optimizer and step; a step whose norm is not finite is skipped.
 
     Returns (norm before clipping, skipped: 1.0 or 0.0), both 0-d float32 on the device and the same on every rank; all
-    ranks must call it. A skipped step leaves weights, moments and step counters as they were.
+    ranks must call it. A skipped step leaves weights, moments, step counters and gradients as they were.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    if hasattr(norm, "full_tensor"):  # sharded gradients
-        norm = norm.full_tensor()
+    norm = total_norm(optimizer)
     skipped = (~torch.isfinite(norm)).to(torch.float32).reshape(())
     # Fused AdamW divides gradients by grad_scale as it reads them, so clipping costs no pass of its own; and it leaves
-    # everything alone where found_inf is 1. Both must be 0-d to mix with sharded gradients.
+    # everything alone where found_inf is 1, before it reads a gradient: a norm of NaN reaches nothing. Both must be
+    # 0-d to mix with sharded gradients.
     optimizer.grad_scale = (norm / max_norm).clamp(min=1.0).to(torch.float32).reshape(())  # type: ignore[attr-defined]
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()

@@ -6,6 +6,9 @@ to bfloat16 on a GPU.
 
 Gradients: FSDP averages over ranks. A loss that is already divided by global counts must therefore be multiplied by
 `Parallel.ranks` before its backward.
+
+How long ranks wait for one another: parallel.first_timeout until the first step is done, then parallel.timeout. Over
+that watches `Watch`, which names who is late; the process group's own timeout comes MARGIN later and names nobody.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import os
 from collections.abc import Iterator
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,8 +27,14 @@ from torch import Tensor, nn
 
 from ..section import Section
 
-TIMEOUT = timedelta(minutes=10)  # a rank that is silent for longer has died
-FORWARD_METHODS = ("encode_images", "encode_texts", "match", "fill", "reconstruct")  # entries beside `forward`
+MARGIN = 30.0  # seconds that a process group waits longer than the watch over ranks does
+# entries of the model beside `forward`
+FORWARD_METHODS = ("encode_images", "encode_texts", "match", "fill", "reconstruct", "contrast_embeddings")
+# What a cluster wants of CUDA and NCCL, where nobody has set it. NCCL's flight recorder is on by default (2000 events).
+CUDA_ENVIRONMENT = {
+    ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"): "expandable_segments:True",  # rows of packed batches vary
+    ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",  # what the flight recorder holds, to a file
+}
 
 
 class ParallelError(ValueError):
@@ -48,6 +57,17 @@ class ParallelConfig(Section):
         None, gt=0, description="ranks that share one copy of the weights; null: ranks / parallel.replicate"
     )
     replicate: int = Field(1, gt=0, description="copies of the weights; shard x replicate is the number of ranks")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what a block computes again in its backward to save memory: nothing; all but matrix products and "
+        "attention; everything",
+    )
+    first_timeout: float = Field(
+        30,
+        gt=0,
+        description="minutes that ranks wait for a late one until the first step is done, and in saves and validation",
+    )
+    timeout: float = Field(5, gt=0, description="minutes that they wait afterwards; then the late rank is named")
 
 
 class Parallel:
@@ -56,10 +76,21 @@ class Parallel:
     rank, ranks   number of this process, and how many there are
     device        where this rank computes
     mesh          the device mesh; None for one CPU rank, which runs unsharded
+    first_timeout, timeout    seconds that ranks wait for one another before and after the first step
     """
 
-    def __init__(self, rank: int, ranks: int, device: torch.device, shape: tuple[int, int] = (1, 1)) -> None:
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        device: torch.device,
+        shape: tuple[int, int] = (1, 1),
+        first_timeout: float = 1800.0,
+        timeout: float = 300.0,
+    ) -> None:
         self.rank, self.ranks, self.device = rank, ranks, device
+        self.first_timeout, self.timeout = first_timeout, timeout
+        self.settled = False  # whether the first step is done
         self.mesh: Any = None
         self.cpu_group: Any = None  # votes travel here, so that they never wait for a GPU
         if ranks > 1 or device.type == "cuda":
@@ -75,6 +106,7 @@ class Parallel:
         rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", rank))
         shape = mesh_shape(config, ranks)
+        limits = (config.first_timeout * 60, config.timeout * 60)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda":
@@ -84,9 +116,12 @@ class Parallel:
                     f"run.device=cuda needs a GPU for each rank of a machine; got rank {local} and {found} GPUs. Start "
                     f"{max(found, 1)} ranks a machine, or set run.device=cpu."
                 )
+            for names, value in CUDA_ENVIRONMENT.items():
+                if not any(name in os.environ for name in names):
+                    os.environ[names[0]] = value
             torch.cuda.set_device(local)
-            return cls(rank, ranks, torch.device("cuda", local), shape)
-        return cls(rank, ranks, torch.device("cpu"), shape)
+            return cls(rank, ranks, torch.device("cuda", local), shape, *limits)
+        return cls(rank, ranks, torch.device("cpu"), shape, *limits)
 
     def _join(self, shape: tuple[int, int]) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -94,15 +129,33 @@ class Parallel:
         if dist.is_initialized():
             raise ParallelError("a process group exists already; Parallel makes its own and must be the only one.")
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        long = timedelta(seconds=self.first_timeout + MARGIN)
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=long)
         else:  # plain python on a GPU
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-        self.cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT) if backend == "nccl" else dist.group.WORLD
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=long)
+        self.cpu_group = dist.new_group(backend="gloo", timeout=long) if backend == "nccl" else dist.group.WORLD
         if shape[0] > 1:
             self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
         else:
             self.mesh = init_device_mesh(self.device.type, (self.ranks,), mesh_dim_names=("shard",))
+        self.set_timeouts(self.first_timeout)  # the groups of a mesh begin with torch's own
+
+    # --- how long ranks wait ---
+
+    def shorten_timeouts(self) -> None:
+        """The first step is done on this rank: parallel.timeout from now on."""
+        self.settled = True
+        self.set_timeouts(self.timeout)
+
+    def set_timeouts(self, seconds: float) -> None:
+        """What is sent to other ranks from now on may take `seconds` and MARGIN."""
+        if self.mesh is None:
+            return
+        # public since torch 2.14; before, a private function of the same meaning
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        for group in {dist.group.WORLD, self.cpu_group, *self.mesh.get_all_groups()}:
+            set_timeout(timedelta(seconds=seconds + MARGIN), group)
 
     # --- the model ---
 
@@ -175,6 +228,12 @@ class Parallel:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_on_cpu(self, tensor: Tensor) -> Tensor:
+        """A CPU tensor, of one shape everywhere, summed over ranks, in place; equal on every rank."""
+        if self.ranks > 1:
+            dist.all_reduce(tensor, group=self.cpu_group)
+        return tensor
+
     def vote(self, flag: bool) -> bool:
         """True on every rank where it is true on any."""
         return bool(self.agree(int(flag)))
@@ -205,6 +264,8 @@ class Parallel:
     ) -> None:
         if kind is None:
             self.barrier()  # rank 0 holds the store: it must not leave first
+        elif self.ranks > 1:
+            return  # the process is about to end: until then others may read in the store why
         self.stop()
 
 
@@ -218,8 +279,9 @@ def mesh_shape(config: ParallelConfig, ranks: int) -> tuple[int, int]:
         )
     shard = config.shard or ranks // replicate
     if replicate * shard != ranks:
+        other = f"parallel.replicate={ranks // shard} or " if ranks % shard == 0 else ""
         raise ParallelError(
             f"parallel.replicate x parallel.shard must be the number of ranks ({ranks}); got {replicate} x {shard}. "
-            f"Set parallel.shard={ranks // replicate}, or null."
+            f"Set {other}parallel.shard={ranks // replicate}, which is what null means."
         )
     return replicate, shard

@@ -1,42 +1,50 @@
 """The trainer: builds a run from its config, steps it, and leaves a folder behind.
 
-`Trainer.run` is the table of contents of a run; what each line does is one jump away. One step:
+`Trainer.run` is the table of contents of a run; what each line does is one jump away. One step of the loop:
 
-    batch (whole step of this rank) -> global counts -> micro-batches: forward, backward -> clip, step -> metrics
+    batch (whole step of this rank) -> TrainStep -> metrics, skip log -> votes -> checkpoint, validation where due
 
 Every rank runs the same lines. Nothing in a step waits for the device but the log line.
 """
 
 from __future__ import annotations
 
-import signal
+import contextlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from pathlib import Path
 
 import torch
 from mvle_kernels import explain, set_backend
 
-from ..config import BatchArithmetic, Config, ConfigError, check_ranks, differences
+from ..config import BatchArithmetic, Config, check_ranks
+from ..data.batch import Batch
 from ..data.loader import Loader, open_shards
 from ..data.plan import SamplingPlan
 from ..data.tokenizer import Tokenizer, build_tokenizer
 from ..evaluation.validation import Validation
-from ..model.model import MaskVLM, parameter_counts
+from .build import architecture, build, contrast_over_ranks, describe_build
 from .checkpoint import Checkpointer
+from .checkpoint_files import read_meta
 from .metrics import Metrics, read_rows
-from .optim import build_optimizer, clip_and_step, learning_rate_factor, set_learning_rates
 from .parallel import Parallel
+from .profiling import Profiler
+from .resume import identity, refuse_other_run
 from .run import RunFolder
+from .signals import StopFlag, forget_stop, note_stop
+from .skips import SkipLog
+from .trackers import open_trackers
+from .train_step import TrainStep
+from .watch import Watch
+
+STOP, SAVE_FAILED = 1, 2  # votes, the gravest wins
 
 
 class Trainer:
     """One run on one rank. Raises ConfigError where the config does not fit the ranks, or what the folder holds."""
 
-    def __init__(self, config: Config, parallel: Parallel) -> None:
-        self.config, self.parallel = config, parallel
+    def __init__(self, config: Config, parallel: Parallel, watch: Watch, stop: StopFlag) -> None:
+        self.config, self.parallel, self.watch, self.stop = config, parallel, watch, stop
         self.arithmetic: BatchArithmetic = check_ranks(config, parallel.ranks)
         self.folder = RunFolder(config.run.folder)
         self.checkpoints = Checkpointer(self.folder.checkpoints, config.checkpoint, parallel)
@@ -45,7 +53,7 @@ class Trainer:
         set_backend(config.kernels.backend)
 
     def run(self) -> bool:
-        """Train to the end, or until SIGTERM. Returns whether the run is finished."""
+        """Train to the end, or until a signal. Returns whether the run is finished."""
         path = self.checkpoints.latest() if self.folder.checkpoints.is_dir() else None
         self.open_data()
         self.build()
@@ -63,114 +71,113 @@ class Trainer:
     def open_data(self) -> None:
         """Shards, tokenizer (rank 0 makes it, the others read it) and the sampling plan."""
         config, parallel = self.config, self.parallel
+        self.watch.enter("opening data", long=True)
         self.shards = open_shards(config.data, "train")
         self.validation_shards = open_shards(config.data, "val") if config.data.val else None
         if parallel.is_main:
             self.folder.create()
             self.tokenizer: Tokenizer = build_tokenizer(config.tokenizer, self.shards, self.folder.tokenizer)
+        self.watch.enter("tokenizer", long=True)
         parallel.barrier()
         if not parallel.is_main:
             self.tokenizer = Tokenizer.load(self.folder.tokenizer)
         self.plan = SamplingPlan.build(config, self.shards)
 
     def build(self) -> None:
-        """The model and its optimizer, in the one order that works."""
-        config, parallel = self.config, self.parallel
-        # 1) on meta: shapes only, so that no rank ever holds the whole model
-        with torch.device("meta"):
-            model = MaskVLM(config, self.tokenizer.vocabulary, self.tokenizer.mask_id)
-        self.parameters = parameter_counts(model)
-        # 2) sharded before it has memory, 3) then memory, 4) then weights, each from its own seed
-        parallel.shard(model)
-        model.to_empty(device=parallel.device)
-        model.init_weights(config.run.seed)
-        # 5) the optimizer last: one made before sharding would train tensors that no longer exist
-        self.optimizer = build_optimizer(model, config.optim)
-        self.model = model
-        if parallel.ranks > 1:
-            model.set_contrast_group(torch.distributed.group.WORLD)
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on with the run that goes on from it."""
-        return {
-            "config": self.config.to_dict(),
-            "contrast_size": self.arithmetic.contrast,
-            "fingerprints": {
-                "data": self.shards.fingerprint,
-                "tokenizer": self.tokenizer.fingerprint,
-                "architecture": architecture(self.model),
-            },
+        """What is trained, and the step that trains it."""
+        self.watch.enter("building the model", long=True)
+        self.built = build(self.config, self.parallel, self.tokenizer.vocabulary, self.tokenizer.mask_id)
+        self.model = self.built.model
+        self.train_step = TrainStep(self.config, self.parallel, self.arithmetic, self.built, self.watch.enter)
+        fingerprints = {
+            "data": self.shards.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "architecture": architecture(self.model),
         }
+        self.identity = identity(self.config, fingerprints, self.config.batch.total)
 
-    def resume(self, path: Any) -> int:
+    def resume(self, path: Path | None) -> int:
         """Load the newest whole checkpoint, if there is one; returns the steps done."""
         if path is None:
             return 0
-        from .checkpoint import read_meta
-
+        self.watch.enter("loading a checkpoint", long=True)
         meta = read_meta(path)
-        refuse_other_run(meta, self.identity(), self.folder)
-        self.checkpoints.load(path, self.model, self.optimizer)
+        refuse_other_run(path, meta, self.identity, self.folder, self.model)
+        self.checkpoints.load(path, self.model, self.built.optimizer, self.built.ema)
         return int(meta["step"])
 
     def write_config(self) -> None:
         """The resolved config beside the run."""
         if self.parallel.is_main:
             self.folder.write_config(self.config.to_yaml())
+            forget_stop(self.folder.stopped)
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
     def loop(self, start: int) -> bool:
         """Steps start .. schedule.steps; returns whether the last one was reached."""
-        config, steps = self.config, self.config.schedule.steps
+        config, parallel, steps = self.config, self.parallel, self.config.schedule.steps
         validation = None
         if config.evaluation.every and self.validation_shards is not None:
             validation = Validation(config, self.validation_shards, self.tokenizer)
-        loader = self.loader(start)
         metrics = Metrics(
-            self.folder.metrics, config.metrics, self.parallel, steps=steps, pairs=config.batch.total, start=start
+            self.folder.metrics,
+            config.metrics,
+            parallel,
+            steps=steps,
+            pairs=config.batch.total,
+            start=start,
+            trackers=open_trackers(config, self.folder, parallel, start),
         )
-        with stop_on_signals() as stop, metrics, loader:
+        skips = SkipLog(metrics, parallel, config.optim.max_skipped)
+        with (
+            metrics,
+            self.loader(start) as loader,
+            Profiler(config.metrics.profile, self.folder.profile, parallel, metrics) as profiler,
+        ):
             batches = iter(loader)
-            step = start
-            while step < steps:
-                self.step(step, batches, loader, metrics)
-                step += 1
-                stopping = self.parallel.vote(stop.asked)
-                if self.checkpoints.due(step) or step == steps or stopping:
-                    with metrics.paused():
-                        self.save(step)
-                if validation and (step % config.evaluation.every == 0 or step == steps) and not stopping:
-                    with metrics.paused():
-                        metrics.record(step, "val", self.validate(validation))
-                if stopping and step < steps:
-                    metrics.say(f"stopped by signal {stop.name} after step {step}; the same command goes on from there")
+            for step in range(start, steps):
+                done = step + 1
+                with profiler.step(done):
+                    self.step(step, batches, metrics, skips)
+                vote = self.vote()
+                if vote == SAVE_FAILED:
+                    self.checkpoints.wait()  # raises what went wrong
+                if step == start:
+                    parallel.shorten_timeouts()
+                if self.checkpoints.due(done) or done == steps or vote == STOP:
+                    self.save(done, metrics, skips)
+                if validation and (done % config.evaluation.every == 0 or done == steps) and vote != STOP:
+                    self.validate(validation, done, metrics, skips)
+                if vote == STOP and done < steps:
+                    self.stopped(done, metrics)
                     return False
+            self.watch.enter("finishing", long=True)
+            skips.flush()
+            self.checkpoints.wait()
         return True
 
-    def step(self, step: int, batches: Iterator[Any], loader: Loader, metrics: Metrics) -> None:
-        """One optimizer step over the global batch."""
+    def step(self, step: int, batches: Iterator[Batch], metrics: Metrics, skips: SkipLog) -> None:
+        """One optimizer step over the global batch, and what is written down of it."""
+        self.watch.enter("waiting for data", step + 1)
         waited = time.perf_counter()
         batch = next(batches).to(self.parallel.device)
         waited = time.perf_counter() - waited
-        counts = self.parallel.all_reduce_sum(self.model.counts(batch))
-        self.optimizer.zero_grad(set_to_none=True)
-        micro, accumulate = self.arithmetic.micro, self.arithmetic.accumulate
-        sums: dict[str, torch.Tensor] = {}
-        for part in range(accumulate):
-            piece = batch.micro(part * micro, (part + 1) * micro, self.config.kernels.row_multiple)
-            with self.parallel.accumulating(self.model, last=part == accumulate - 1):
-                losses = self.model(piece, self.config.run.seed, counts)
-                (losses.total * self.parallel.ranks).backward()  # FSDP averages over ranks, and counts are global
-            for name, value in losses.report.items():
-                sums[name] = sums[name] + value if name in sums else value
-        factor = learning_rate_factor(step, self.config.schedule, self.config.optim.min_lr_ratio)
-        set_learning_rates(self.optimizer, factor)
-        norm, skipped = clip_and_step(self.optimizer, self.config.optim.clip)
-        self.model.clamp_temperature()
-        state = {"grad_norm": norm, **losses.state}
-        peak = max(group["lr"] for group in self.optimizer.param_groups)
-        metrics.update(step + 1, sums, state, skipped=skipped, wait=waited, lr=peak)
+        result = self.train_step(step, batch)
+        self.watch.enter("metrics")
+        if result.norms:
+            metrics.extra(result.norms)
+        metrics.update(
+            step + 1,
+            result.sums,
+            result.state,
+            skipped=result.skipped,
+            wait=waited,
+            lr=result.lr,
+            replaced=batch.replaced,
+            truncated=batch.truncated,
+        )
+        skips.note(step + 1, result.skipped, batch.keys, result.broken, result.sums)
 
     def loader(self, start: int) -> Loader:
         """The batches of this rank from step `start` on."""
@@ -190,46 +197,64 @@ class Trainer:
             pin_memory=self.parallel.device.type == "cuda",
         )
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, metrics: Metrics, skips: SkipLog) -> None:
         """A checkpoint of `step` steps done: tensors, and the one integer of data state."""
-        meta = self.identity() | {"pairs_seen": step * self.config.batch.total}
-        self.checkpoints.save(step, self.model, self.optimizer, meta)
+        self.watch.enter("saving", long=True)
+        with metrics.paused():
+            skips.flush()  # a run that goes on from here does not see these steps again
+            meta = self.identity | {"pairs_seen": step * self.config.batch.total}
+            self.checkpoints.save(step, self.model, self.built.optimizer, meta, self.built.ema)
 
-    def validate(self, validation: Validation) -> dict[str, float]:
-        """Validation losses and retrieval on a fixed split, by every rank alike."""
-        self.model.eval()
-        self.model.set_contrast_group(None)
+    def validate(self, validation: Validation, step: int, metrics: Metrics, skips: SkipLog) -> None:
+        """Validation losses and retrieval on a fixed split, shared by the ranks, of the EMA weights where there are
+        some; and a checkpoint of what is best so far."""
+        self.watch.enter("validating", long=True)
+        with metrics.paused():
+            figures = self.figures(validation)
+            metrics.record(step, "val", figures)
+        if self.config.checkpoint.best and self.checkpoints.is_best(step, figures):
+            if not self.checkpoints.saved(step):
+                self.save(step, metrics, skips)
+            self.checkpoints.mark_best(step, figures)
+
+    def figures(self, validation: Validation) -> dict[str, float]:
+        """What validation finds, the same on every rank."""
+        model, ema = self.model, self.built.ema
+        model.eval()
+        contrast_over_ranks(model, self.parallel, False)
         try:
-            return validation.run(self.model, self.parallel.device)
+            with ema.swapped(model) if ema is not None else contextlib.nullcontext():
+                return validation.run(model, self.parallel.device, self.parallel)
         finally:
-            self.parallel.reshard(self.model)
-            if self.parallel.ranks > 1:
-                self.model.set_contrast_group(torch.distributed.group.WORLD)
-            self.model.train()
+            self.parallel.reshard(model)
+            contrast_over_ranks(model, self.parallel, True)
+            model.train()
+
+    def vote(self) -> int:
+        """What all ranks do after this step: 0 go on, STOP, or SAVE_FAILED."""
+        self.watch.enter("votes")
+        own = SAVE_FAILED if self.checkpoints.failed else STOP if self.stop.asked else 0
+        return self.parallel.agree(own)
+
+    def stopped(self, step: int, metrics: Metrics) -> None:
+        """After a signal and a checkpoint: leave a mark for whoever starts runs."""
+        self.checkpoints.wait()
+        metrics.say(f"stopped by signal {self.stop.name} after step {step}; the same command goes on from there")
+        if self.parallel.is_main:
+            note_stop(self.folder.stopped, step, self.stop.name)
 
     # ---- saying -----------------------------------------------------------------------------------------------------
 
     def announce(self, start: int) -> None:
         """One block at the start: what runs, on what, and why so."""
-        parallel, config = self.parallel, self.config
-        cuda = parallel.device.type == "cuda"
-        device = torch.cuda.get_device_name(parallel.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-        dtype = "bfloat16 weights in float32 shards, losses in float32" if cuda else "float32 (bfloat16 is for GPUs)"
-        sharding = f"FSDP2 over {parallel.mesh}" if parallel.sharded else "unsharded (one CPU rank gains nothing by it)"
-        total = sum(self.parameters.values())
-        parts = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in self.parameters.items())
-        ops = "\n".join(f"    {line}" for line in explain().splitlines())
-        parallel.say(
-            f"run         {self.folder.path}, seed {config.run.seed}, "
+        config = self.config
+        self.parallel.say(
+            f"run         {config.run.name} in {self.folder.path}, seed {config.run.seed}, "
             f"{f'goes on from step {start}' if start else 'from the start'} to {config.schedule.steps}\n"
-            f"device      {device}; {dtype}; {sharding}\n"
-            f"batch       {self.arithmetic}; contrast over {self.arithmetic.contrast}\n"
-            f"data        {self.shards.images:,} images, {self.shards.pairs:,} pairs, {len(self.shards.shard_sizes)} "
+            + describe_build(config, self.parallel, self.arithmetic, self.built)
+            + f"data        {self.shards.images:,} images, {self.shards.pairs:,} pairs, {len(self.shards.shard_sizes)} "
             f"shards, fingerprint {self.shards.fingerprint[:12]}; {self.tokenizer.vocabulary:,} words\n"
-            f"parameters  {total / 1e6:.2f}M: {parts}\n"
-            f"masking     {config.masking.mode}: {config.masking.image_ratio} of {config.masking.cell}-pixel cells, "
-            f"{config.masking.text_ratio} of a caption's tokens\n"
-            f"kernels\n{ops}"
+            f"kernels\n" + "\n".join(f"    {line}" for line in explain().splitlines())
         )
 
     def last_validation(self) -> str:
@@ -242,66 +267,3 @@ class Trainer:
         last = {k: v for k, v in rows[-1].items() if k not in ("step", "kind")}
         width = max(map(len, last))
         return "\n".join(f"    {name:<{width}}  {value:.4f}" for name, value in last.items())
-
-
-def architecture(model: MaskVLM) -> str:
-    """A fingerprint of every parameter's name and (whole) shape."""
-    import hashlib
-
-    text = "\n".join(f"{name} {tuple(p.shape)}" for name, p in sorted(model.named_parameters()))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def refuse_other_run(meta: dict[str, Any], identity: dict[str, Any], folder: RunFolder) -> None:
-    """Raise ConfigError, with what differs, where a checkpoint is of another run than the one that would go on."""
-    problems = []
-    now, before = Config.from_dict(identity["config"]), Config.from_dict(meta["config"])
-    for key, new, old in differences(now, before):
-        problems.append(f"{key}: {old!r} in the checkpoint, {new!r} now")
-    for name, value in identity["fingerprints"].items():
-        if meta["fingerprints"][name] != value:
-            problems.append(f"fingerprint of the {name}: {meta['fingerprints'][name]} in the checkpoint, {value} now")
-    if meta["contrast_size"] != identity["contrast_size"]:
-        problems.append(
-            f"pairs that the contrastive loss compares: {meta['contrast_size']} in the checkpoint, "
-            f"{identity['contrast_size']} now (ranks x batch.micro)"
-        )
-    if problems:
-        raise ConfigError(
-            f"{folder.path} holds another run (run.folder); what differs:\n    "
-            + "\n    ".join(problems)
-            + "\nChoose another run.folder for a new run, or start with what the checkpoint has."
-        )
-
-
-class StopFlag:
-    """Set by a signal; read once a step."""
-
-    def __init__(self) -> None:
-        self.asked, self.name = False, ""
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.asked, self.name = True, signal.Signals(number).name
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """SIGTERM and SIGINT ask for a clean end inside the block; a second SIGINT interrupts as usual."""
-    flag = StopFlag()
-    before = {}
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if flag.asked:
-            raise KeyboardInterrupt
-        flag(number, frame)
-
-    try:
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, flag)
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        before = {}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -26,6 +26,7 @@ from mvle_kernels import Packed
 from torch import Tensor
 
 from ..model.model import MaskVLM
+from .ranks import Alone, Ranks, turns
 from .split import Split
 
 CHUNK = 128  # queries whose scores exist at one time
@@ -67,26 +68,39 @@ class Embedded:
 
 
 def embed(
-    model: MaskVLM, split: Split, device: torch.device | str, captions: str = "first", keep_rows: bool = True
+    model: MaskVLM,
+    split: Split,
+    device: torch.device | str,
+    captions: str = "first",
+    keep_rows: bool = True,
+    ranks: Ranks | None = None,
 ) -> Embedded:
-    """Encode a split. captions: all | first of each image. keep_rows: for `match` later."""
+    """Encode a split. captions: all | first of each image. keep_rows: for `match` later. ranks: all of them share the
+    work, and each gets all embeddings; not together with keep_rows, since encoder rows stay where they were made."""
+    ranks = ranks or Alone()
+    assert not (keep_rows and ranks.ranks > 1), "encoder rows are not gathered; pass keep_rows=False on several ranks"
     use = [c[:1] if captions == "first" else c for c in split.captions]
-    image_z, text_z, image_rows, text_rows = [], [], [], []
-    for rows in split.chunks():
+    flat = [caption for own in use for caption in own]
+    width = model.config.model.projection
+    image_z, text_z = torch.zeros(len(use), width), torch.zeros(len(flat), width)
+    image_rows, text_rows = [], []
+    for rows, mine in turns(list(split.chunks()), ranks):
         images = model.encode_images(split.batch(rows).images.to(device))
-        image_z.append(images.z.float().cpu())
+        if mine:
+            image_z[rows.start : rows.stop] = images.z.float().cpu()
         if keep_rows:
             image_rows += [r.cpu() for r in images.rows.unpack()]
-    flat = [caption for own in use for caption in own]
-    for start in range(0, len(flat), CHUNK):
-        texts = model.encode_texts(split.text(flat[start : start + CHUNK]).to(device))
-        text_z.append(texts.z.float().cpu())
+    for part, mine in turns(slices(len(flat)), ranks):
+        texts = model.encode_texts(split.text(flat[part]).to(device))
+        if mine:
+            text_z[part] = texts.z.float().cpu()
         if keep_rows:
             text_rows += [r.cpu() for r in texts.rows.unpack()]
     most = max(map(len, split.text_ids))
     return Embedded(
-        image_z=torch.cat(image_z),
-        text_z=torch.cat(text_z),
+        # other ranks' rows are zeros here, so sums have each row to the bit
+        image_z=ranks.sum_on_cpu(image_z),
+        text_z=ranks.sum_on_cpu(text_z),
         owner=torch.tensor([row for row, own in enumerate(use) for _ in own]),
         image_ids=torch.tensor(split.image_ids),
         text_ids=torch.tensor([i for own, ids in zip(use, split.text_ids, strict=True) for i in ids[: len(own)]]),

@@ -113,8 +113,7 @@ class Split:
 
 def low_ratio(config: Config) -> float:
     """The share of cells masked in evaluation: masking.image_ratio, or the low end of its range."""
-    ratio = config.masking.image_ratio
-    return ratio[0] if isinstance(ratio, tuple) else ratio
+    return config.masking.ratio_range[0]
 
 
 def pack_tokens(ids: Sequence[Sequence[int]], row_multiple: int) -> Packed:

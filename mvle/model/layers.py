@@ -1,5 +1,6 @@
 """The blocks of the model. All read packed rows [T, D]; attention is the only place where sequences meet.
 
+A block is attention with dense pieces around it, which treat every row alike, whatever sequence it is of.
 Names and layouts follow timm's ViT (pre-norm) and RoBERTa (post-norm), so that weights carry over.
 Rows of a packed tail are carried along and never read: attention skips them, so they cost a little and change nothing.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from mvle_kernels import AttentionPlan, ragged_attention
@@ -15,12 +17,12 @@ from torch import Tensor, nn
 
 
 def attend(q_TD: Tensor, k_THE: Tensor, v_THE: Tensor, plan: AttentionPlan) -> Tensor:
-    """ragged_attention under a plan; queries come and go as [T, D], keys and values as [T_k, H, E]."""
+    """ragged_attention under a plan: queries [T, D], keys and values [T_k, H, E] -> [T, H, E]."""
     q_THE = q_TD.unflatten(1, k_THE.shape[1:])
     q, k = plan.q, plan.k
     return ragged_attention(
         q_THE, k_THE, v_THE, q.offsets, k.offsets, q.max_length, k.max_length, plan.kv_index, plan=plan
-    ).flatten(1)
+    )
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Mlp(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; in a last block only the rows that are read ask (`rows`), and all answer."""
+    """What multi-head self-attention learns; in a last block only the rows that are read ask, and all answer."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -57,7 +59,8 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, plan: AttentionPlan, rows: Rows | None = None) -> Tensor:
+    def project(self, x: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, D] (of `rows` alone, if given), keys and values [T, H, E]."""
         width = x.shape[1]
         if rows is None:
             q, k, v = self.qkv(x).split(width, 1)
@@ -66,7 +69,7 @@ class SelfAttention(nn.Module):
             k, v = F.linear(x, weight[width:], bias[width:]).split(width, 1)
             q = F.linear(rows.of(x), weight[:width], bias[:width])
         heads = (self.heads, width // self.heads)
-        return self.proj(attend(q, k.unflatten(1, heads), v.unflatten(1, heads), plan))
+        return q, k.unflatten(1, heads), v.unflatten(1, heads)
 
 
 class CrossAttention(nn.Module):
@@ -76,9 +79,6 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.query = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, k_THE: Tensor, v_THE: Tensor, plan: AttentionPlan) -> Tensor:
-        return self.proj(attend(self.query(x), k_THE, v_THE, plan))
 
 
 class ContextProjection(nn.Module):
@@ -99,7 +99,15 @@ class ContextProjection(nn.Module):
         return list(zip(parts[0::2], parts[1::2], strict=True))
 
 
-class Block(nn.Module):
+class AttentionBlock(nn.Module):
+    """Any of the blocks below. DENSE names the methods between which it attends; they, and `attend`, may be replaced
+    one by one (engine/blocks.py)."""
+
+    DENSE: ClassVar[tuple[str, ...]] = ("before", "after")
+    attend = staticmethod(attend)
+
+
+class Block(AttentionBlock):
     """Pre-norm transformer block (ViT)."""
 
     def __init__(self, width: int, heads: int, inner: int, eps: float = 1e-6) -> None:
@@ -110,11 +118,17 @@ class Block(nn.Module):
         self.mlp = Mlp(width, inner)
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
-        x = x + self.attn(self.norm1(x), plan)
+        return self.after(x, self.attend(*self.before(x), plan))
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.project(self.norm1(x))
+
+    def after(self, x: Tensor, read: Tensor) -> Tensor:
+        x = x + self.attn.proj(read.flatten(1))
         return x + self.mlp(self.norm2(x))
 
 
-class PostNormBlock(nn.Module):
+class PostNormBlock(AttentionBlock):
     """Post-norm transformer block (BERT, RoBERTa)."""
 
     def __init__(self, width: int, heads: int, inner: int, eps: float = 1e-5) -> None:
@@ -125,12 +139,20 @@ class PostNormBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
-        x = self.norm1(x + self.attn(x, plan))
+        return self.after(x, self.attend(*self.before(x), plan))
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.project(x)
+
+    def after(self, x: Tensor, read: Tensor) -> Tensor:
+        x = self.norm1(x + self.attn.proj(read.flatten(1)))
         return self.norm2(x + self.mlp(x))
 
 
-class CrossBlock(nn.Module):
+class CrossBlock(AttentionBlock):
     """Pre-norm block of a cross encoder or decoder: self-attention, cross-attention, feed-forward."""
+
+    DENSE = ("before", "between", "ask", "after")
 
     def __init__(self, width: int, heads: int, inner: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -152,13 +174,24 @@ class CrossBlock(nn.Module):
     ) -> Tensor:
         """x [T, D] -> [T', D]. spread: after self-attention, sequences are repeated (hard negatives share it).
         rows: what is read of the result; with both, self-attention is whole and the rows are picked behind it."""
-        if rows is not None and spread is None:
-            x = rows.of(x) + self.attn(self.norm1(x), self_plan, rows)
-        else:
-            x = x + self.attn(self.norm1(x), self_plan)
-            if spread is not None:
-                x = spread(x)
+        early = rows if spread is None else None
+        read = self.attend(*self.before(x, early), self_plan)
+        x = self.between(x if early is None else early.of(x), read)
+        if spread is not None:
+            x = spread(x)
             if rows is not None:
                 x = rows.of(x)
-        x = x + self.cross(self.norm2(x), *kv, cross_plan)
+        return self.after(x, self.attend(self.ask(x), *kv, cross_plan))
+
+    def before(self, x: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.project(self.norm1(x), rows)
+
+    def between(self, x: Tensor, read: Tensor) -> Tensor:
+        return x + self.attn.proj(read.flatten(1))
+
+    def ask(self, x: Tensor) -> Tensor:
+        return self.cross.query(self.norm2(x))
+
+    def after(self, x: Tensor, read: Tensor) -> Tensor:
+        x = x + self.cross.proj(read.flatten(1))
         return x + self.mlp(self.norm3(x))

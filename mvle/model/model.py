@@ -21,7 +21,7 @@ from mvle_kernels import Packed, Stream, concatenate, insert_mask_tokens, patchi
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..objectives.itc import Itc
+from ..objectives.itc import ContrastPart, Itc, contrast_parts
 from ..objectives.itm import Itm
 from ..objectives.mim import Mim, mim_sets
 from ..objectives.mlm import Mlm, mlm_sets
@@ -43,11 +43,13 @@ NAMES = ("mim", "mlm", "itc", "itm")
 @dataclass(frozen=True, eq=False)
 class Losses:
     """total: 0-d, to call backward on. report: name -> detached 0-d tensor, shares of the global batch, to be summed
-    over micro-batches and ranks. state: what every micro-batch and rank has alike (the temperature)."""
+    over micro-batches and ranks. state: what every micro-batch and rank has alike (the temperature). broken: bool [B],
+    the pairs whose own rows are not finite, so that a step which has to be skipped can say by whom."""
 
     total: Tensor
     report: dict[str, Tensor]
     state: dict[str, Tensor]
+    broken: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,15 +105,43 @@ class MaskVLM(nn.Module):
         parts = [torch.as_tensor(own.get(name, 0), dtype=torch.float64, device=batch.images.device) for name in NAMES]
         return torch.stack(parts)
 
-    def forward(self, batch: Batch, seed: int, counts: Tensor) -> Losses:
-        """One (micro-)batch: sum_k weight_k * sum_k / counts_k. seed: the run's; counts as `counts` gives them."""
-        wanted = frozenset[View]().union(*(o.views() for o in self.objectives))
-        step = Step(batch, seed, self.row_multiple, self.choose(batch, seed, wanted))
+    @property
+    def contrasts(self) -> bool:
+        """Whether the contrastive loss is trained."""
+        return any(isinstance(o, Itc) for o in self.objectives)
+
+    @torch.no_grad()
+    def contrast_embeddings(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(image_z, text_z), each of unit length [B, d], and the temperature [1], without a graph: what the contrastive
+        loss of a batch in several micro-batches is taken over before their forwards."""
+        heads = self.heads
+        images = self.image_encoder(batch.images, None, None, ["clean"])
+        image_z = heads.embed(images, heads.image_projection)
+        text_z = heads.embed(self.text_encoder(batch.text), heads.text_projection)
+        return image_z, text_z, heads.temperature()
+
+    def contrast_parts(self, batch: Batch, embeddings: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[ContrastPart]:
+        """The contrastive loss over all of a rank's batch, for each of the micro-batches whose `contrast_embeddings`
+        came, in order. Every rank must call it."""
+        group = next(o.group for o in self.objectives if isinstance(o, Itc))
+        return contrast_parts([(image, text) for image, text, _ in embeddings], embeddings[0][2], batch, group)
+
+    def forward(
+        self, batch: Batch, seed: int, counts: Tensor, contrast: ContrastPart | None = None, only: str | None = None
+    ) -> Losses:
+        """One (micro-)batch: sum_k weight_k * sum_k / counts_k. seed: the run's; counts as `counts` gives them.
+
+        contrast: the micro-batch's part of a contrastive loss that was taken over the whole batch; None: over this
+        batch. only: one objective by name, with the negatives and masks that it has among all of them.
+        """
+        objectives = [o for o in self.objectives if only in (None, o.name)]
+        wanted = frozenset[View]().union(*(o.views() for o in objectives))
+        step = Step(batch, seed, self.row_multiple, self.choose(batch, seed, wanted), contrast=contrast)
         self.encode(step, wanted)
-        rows = self.ask(step, [s for o in self.objectives for s in o.sets(step)])
+        rows = self.ask(step, [s for o in objectives for s in o.sets(step)])
         total: Tensor | None = None
         report: dict[str, Tensor] = {}
-        for objective in self.objectives:
+        for objective in objectives:
             result = objective.result(step, rows, self.heads)
             count = counts[NAMES.index(objective.name)].clamp(min=1).to(result.loss.dtype)
             loss = result.loss / count
@@ -121,7 +151,7 @@ class MaskVLM(nn.Module):
         assert total is not None
         report["loss"] = total.detach()
         state = {} if step.temperature is None else {"temperature": step.temperature.detach()[0]}
-        return Losses(total, report, state)
+        return Losses(total, report, state, broken_pairs(step))
 
     def choose(self, batch: Batch, seed: int, wanted: frozenset[View]) -> Choices:
         """The masks of the sides that some objective wants masked."""
@@ -148,7 +178,7 @@ class MaskVLM(nn.Module):
             tokens = {View.TEXT_CLEAN: step.batch.text, View.TEXT_MASKED: step.choices.tokens}
             packed = self.text_encoder(concatenate([tokens[v] for v in texts], self.row_multiple))  # type: ignore
             step.views |= zip(texts, split_sequences(packed, len(texts)), strict=True)
-        if any(isinstance(o, Itc) for o in self.objectives) and {View.IMAGE_CLEAN, View.TEXT_CLEAN} <= wanted:
+        if self.contrasts and {View.IMAGE_CLEAN, View.TEXT_CLEAN} <= wanted:
             step.image_z = self.heads.embed(step.views[View.IMAGE_CLEAN], self.heads.image_projection)
             step.text_z = self.heads.embed(step.views[View.TEXT_CLEAN], self.heads.text_projection)
             step.temperature = self.heads.temperature()
@@ -333,6 +363,15 @@ def split_sequences(packed: Packed, parts: int) -> list[Packed]:
     rows = packed.rows.split([*sizes, packed.total - sum(sizes)])
     device = packed.offsets.device
     return [Packed.layout_of(n, 1, device, packed.max_length).with_rows(r) for n, r in zip(lengths, rows, strict=False)]
+
+
+def broken_pairs(step: Step) -> Tensor:
+    """bool [B]: the global row of some view of the pair is not finite. It has read all of the view, so whatever is
+    wrong with a pixel, a word or a weight that meets only them is seen there."""
+    bad = [
+        ~packed.rows.detach().index_select(0, packed.offsets[:-1]).sum(1).isfinite() for packed in step.views.values()
+    ]
+    return torch.stack(bad).any(0)
 
 
 def chosen(packed: Packed, index: Tensor) -> tuple[Packed, Draw]:

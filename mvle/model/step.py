@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from mvle_kernels import Packed, exact_count, pack_patch_mask, row_index, sample_patch_mask, sample_token_mask
@@ -12,6 +13,9 @@ from ..data.batch import Batch
 from ..objectives.masking import MaskingConfig
 from .config import ImageEncoderConfig
 from .queries import View
+
+if TYPE_CHECKING:
+    from ..objectives.itc import ContrastPart
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Step:
     text_z: Tensor | None = None
     temperature: Tensor | None = None
     itm_valid: Tensor | None = None  # bool [B]: the pair has a negative
+    contrast: ContrastPart | None = None  # the contrastive loss was taken over the whole batch already
 
 
 def masked_cells(ratio: float, masking: MaskingConfig, image: ImageEncoderConfig) -> int:

@@ -37,3 +37,8 @@ class MaskingConfig(Section):
         if not 0 < low <= high <= 1:
             raise ValueError(f"expected a share above 0 and at most 1, or [low, high] in that order; got {value}")
         return value
+
+    @property
+    def ratio_range(self) -> tuple[float, float]:
+        """image_ratio as [low, high]."""
+        return self.image_ratio if isinstance(self.image_ratio, tuple) else (self.image_ratio, self.image_ratio)

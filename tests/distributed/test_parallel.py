@@ -132,7 +132,8 @@ def test_the_mesh_is_replicate_by_shard(config: ParallelConfig, ranks: int, shap
     ("config", "ranks", "message"),
     [
         (ParallelConfig(replicate=3), 8, r"parallel.replicate must divide the number of ranks \(8\); got 3"),
-        (ParallelConfig(shard=2), 8, r"must be the number of ranks \(8\); got 1 x 2. Set parallel.shard=8"),
+        (ParallelConfig(shard=2), 8, r"must be the number of ranks \(8\); got 1 x 2. Set parallel.replicate=4 or "),
+        (ParallelConfig(replicate=2, shard=3), 8, r"got 2 x 3. Set parallel.shard=4, which is what null means"),
         (ParallelConfig(replicate=2), 1, "Without torchrun there is one rank"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,14 @@ def make_shards(folder: Path, sizes: Sequence[int], **size: int) -> ShardSet:
         index_shard(path)
         paths.append(str(path))
     return ShardSet.open(paths)
+
+
+def spoil(shards: ShardSet, row: int) -> None:
+    """Bit rot: flip a byte of an image where it lies, and leave the shard looking untouched."""
+    path = shards.shard_path(row)
+    stat, whole = path.stat(), bytearray(path.read_bytes())
+    at = whole.find(shards.image_bytes(row))
+    whole[at + 300] ^= 0xFF
+    with open(path, "r+b") as file:
+        file.write(whole)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))

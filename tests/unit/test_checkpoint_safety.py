@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ def checkpoint(folder: Path) -> Path:
 
 
 def replace(path: Path, name: str, data: bytes) -> None:
-    """Put other bytes into a file of a checkpoint, with the size that meta.json then expects."""
+    """Put other bytes into a file of a checkpoint, with the size and the checksum that meta.json then expects."""
     (path / name).write_bytes(data)
     meta = json.loads((path / "meta.json").read_text())
     meta["files"][name] = len(data)
+    meta["metadata_crc32"] = zlib.crc32((path / ".metadata").read_bytes())
     (path / "meta.json").write_text(json.dumps(meta))
 
 

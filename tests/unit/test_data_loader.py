@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import zlib
 from pathlib import Path
@@ -22,7 +21,7 @@ from mvle.data.plan import SamplingPlan
 from mvle.data.shards import ShardSet
 from mvle.data.tokenizer import Tokenizer, train_bpe
 
-from .data_files import make_shards
+from .data_files import make_shards, spoil
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +49,6 @@ def assert_same(a: Batch, b: Batch) -> None:
     for name in ("images", "pair_ids", "image_ids", "text_ids"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert torch.equal(a.text.rows, b.text.rows)
-
-
-def spoil(shards: ShardSet, row: int) -> None:
-    """Flip a byte of an image where it lies, and leave the shard looking untouched."""
-    path = shards.shard_path(row)
-    stat, whole = path.stat(), bytearray(path.read_bytes())
-    at = whole.find(shards.image_bytes(row))
-    whole[at + 300] ^= 0xFF
-    with open(path, "r+b") as file:
-        file.write(whole)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def test_batches_are_whole_and_follow_the_plan(shards: ShardSet, tokenizer: Tokenizer) -> None:
@@ -119,12 +107,14 @@ def test_an_endless_loader_ends_its_threads_when_it_is_left(shards: ShardSet, to
         next(batches)
     assert not [t for t in threading.enumerate() if t.name == "loader" or t.name.startswith("decode")]
     assert loader.wait_seconds > 0
+    with pytest.raises(RuntimeError, match="iterated once"):
+        next(iter(loader))
 
 
 def test_cut_captions_are_counted(shards: ShardSet, tokenizer: Tokenizer) -> None:
-    loader = loader_of(shards, tokenizer, max_tokens=4)
-    batch = loader.load(0)
-    assert loader.truncated == 12
+    batch = loader_of(shards, tokenizer, max_tokens=4).load(0)
+    assert batch.truncated == 12 and batch.to("cpu").truncated == 12
+    assert batch.micro(0, 6).truncated == 0  # the counts stay with the whole
     assert set(batch.text.lengths or ()) == {4}
 
 
@@ -144,7 +134,8 @@ def test_a_bad_image_is_replaced_named_once_and_counted(
     assert batches[1].keys[3] == shards.key(plan.row(counter + 12))  # what its slot gives next
     assert batches[1].pair_ids[3] == counter
     assert shards.key(bad) not in {key for batch in batches for key in batch.keys}
-    assert loader.replaced == 3  # once an epoch of two steps
+    assert sum(batch.replaced for batch in batches) == 3  # once an epoch of two steps
+    assert batches[1].replaced == 1 and batches[1].to("cpu").replaced == 1
     assert len(caplog.records) == len(loader.bad) == 1
     assert shards.key(bad) in caplog.text and "checksum" in caplog.text
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from mvle.evaluation.ranks import Alone, turns
 from mvle.evaluation.split import SplitError
 from mvle.evaluation.validation import Validation
 
@@ -48,7 +49,7 @@ def test_losses_are_means_over_all_pairs_of_the_split(shard):
     config, shards, tokenizer, model = small_parts(shard, batch={"total": 4})
     validation = Validation(config, shards, tokenizer)
     assert validation.forward_pairs == 4
-    out = validation.losses(model, "cpu")
+    out = validation.losses(model, "cpu", Alone())
     sums, counts = torch.zeros(4), torch.zeros(4)
     with torch.no_grad():
         for start in (0, 4, 8):
@@ -74,3 +75,19 @@ def test_too_few_pairs_for_a_group_are_refused_naming_the_keys(shard):
     config, shards, tokenizer, _ = small_parts(shard, **sections)
     with pytest.raises(SplitError, match=r"data.val must have at least objectives.itm.group \(16\).*got 12"):
         Validation(config, shards, tokenizer)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4, 7])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_chunk_counts_on_one_rank_and_all_ranks_take_as_many_turns(chunks, count):
+    shares = [list(turns(range(chunks), Place(rank, count))) for rank in range(count)]
+    counted = [chunk for share in shares for chunk, mine in share if mine]
+    assert sorted(counted) == list(range(chunks))
+    assert {len(share) for share in shares} == {math.ceil(chunks / count)}
+
+
+class Place(Alone):
+    """One of several ranks, which says nothing to the others."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks

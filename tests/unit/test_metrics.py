@@ -144,3 +144,34 @@ def test_memory_is_what_the_process_holds() -> None:
 
     assert 0.2 < memory_gib(torch.device("cpu")) - before < 0.4
     assert held.sum() > 0
+
+
+def test_values_that_come_at_some_steps_are_in_the_next_row_and_in_no_other(tmp_path: Path) -> None:
+    with open_metrics(tmp_path, every=3) as metrics:
+        for number in range(1, 7):
+            if number < 3:
+                metrics.extra({"grad_norm_mim": torch.tensor(float(number)), "grad_norm_mlm": torch.tensor(0.5)})
+            step(metrics, number)
+
+    first, second = read_rows(tmp_path / "metrics.jsonl")
+    assert (first["grad_norm_mim"], first["grad_norm_mlm"], first["grad_norm"]) == (2.0, 0.5, 1.0)  # the last of each
+    assert "grad_norm_mim" not in second
+
+
+def test_pairs_replaced_and_captions_truncated_are_counted_and_shown_if_there_are_any(tmp_path: Path, capsys) -> None:
+    losses = {"loss": torch.tensor(1.0)}
+    with open_metrics(tmp_path, every=2) as metrics:
+        for number, counts in enumerate([{"replaced": 2}, {"replaced": 1, "truncated": 4}, {}, {}], 1):
+            metrics.update(number, losses, {}, skipped=torch.tensor(0.0), wait=0.0, lr=1.0, **counts)
+
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["replaced"], row["truncated"], row["loss"]) for row in rows] == [(3, 4, 1.0), (0, 0, 1.0)]
+    first, second = capsys.readouterr().out.splitlines()
+    assert "replaced 3 pairs" in first and "truncated 4 captions" in first
+    assert "replaced" not in second and "truncated" not in second
+
+
+@pytest.mark.parametrize("window", [[0, 3], [4, 3]])
+def test_a_profile_window_that_cannot_be_is_refused(window: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"expected \[first, last\] step"):
+        MetricsConfig(profile=window)
