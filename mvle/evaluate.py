@@ -66,7 +66,9 @@ def add_checkpoint_arguments(made: argparse.ArgumentParser) -> None:
 
 
 def step_or_best(text: str) -> int | str:
-    """What --checkpoint takes."""
+    """What --checkpoint takes. Raises ArgumentTypeError."""
+    if text != "best" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a step (a number) or best; got {text!r}")
     return text if text == "best" else int(text)
 
 

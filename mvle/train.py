@@ -98,10 +98,12 @@ def train(name: str, overrides: Sequence[str], dry: bool, stop: StopFlag) -> int
 
 def explain(error: Exception, watch: Watch | None, code: int, expected: bool = True) -> int:
     """Say what ended this rank: to the user, to the other ranks, and to torchrun; returns `code`."""
-    from .engine.watch import lost_a_rank
+    from .engine.watch import lost_a_rank, tell_torchrun
 
+    story = not expected
     if not expected and watch is not None and lost_a_rank(error):
         error.add_note(watch.blame(error))
+        story = False  # it is told by the rank that is to blame
     else:
         message = str(error) if expected else f"{type(error).__name__}: {error}"
         if not expected:
@@ -109,13 +111,7 @@ def explain(error: Exception, watch: Watch | None, code: int, expected: bool = T
         refuse(message)
         if watch is not None:
             watch.last_words(message)
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        if expected:  # one line, as above
-            error.__suppress_context__ = True
-            error.with_traceback(None)
-        get_error_handler().record_exception(error)  # torchrun prints that of the rank which failed first
+    tell_torchrun(error, trace=story)
     return code
 
 

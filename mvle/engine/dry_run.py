@@ -7,6 +7,7 @@ ranks, this machine and its memory. The second step is timed; the first also all
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from ..config import check_ranks
 from ..data.batch import Batch
 from ..data.errors import DataError
 from ..data.loader import open_shards
+from ..data.shards import SHAPES
 from ..data.tokenizer import known_vocabulary
 from .build import build, describe_build
 from .metrics import memory_gib
@@ -37,11 +39,12 @@ def dry_run(config: Config, parallel: Parallel) -> None:
     vocabulary, whence = known_vocabulary(config.tokenizer)
     built = build(config, parallel, vocabulary, SPECIALS - 1)
     ops = "\n".join(f"    {line}" for line in explain().splitlines())
+    data = describe_data(config) if parallel.is_main else ""  # every rank would open the indexes for one line
     parallel.say(
         f"dry run of  {config.run.name} (a run would live in {config.run.folder}), {config.schedule.steps:,} steps, "
         f"schedule {config.schedule.kind}\n"
         + describe_build(config, parallel, arithmetic, built)
-        + f"data        {describe_data(config)}\n"
+        + f"data        {data}\n"
         f"tokenizer   {vocabulary:,} words ({whence})\n"
         f"checkpoints {describe_checkpoints(config)}\n"
         f"kernels\n{ops}"

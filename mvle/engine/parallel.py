@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from types import TracebackType
@@ -76,6 +78,7 @@ class Parallel:
     rank, ranks   number of this process, and how many there are
     device        where this rank computes
     mesh          the device mesh; None for one CPU rank, which runs unsharded
+    start_name    of this start of all ranks: no earlier one has used it for keys in their store
     first_timeout, timeout    seconds that ranks wait for one another before and after the first step
     """
 
@@ -91,6 +94,7 @@ class Parallel:
         self.rank, self.ranks, self.device = rank, ranks, device
         self.first_timeout, self.timeout = first_timeout, timeout
         self.settled = False  # whether the first step is done
+        self.start_name = ""
         self.mesh: Any = None
         self.cpu_group: Any = None  # votes travel here, so that they never wait for a GPU
         if ranks > 1 or device.type == "cuda":
@@ -116,9 +120,7 @@ class Parallel:
                     f"run.device=cuda needs a GPU for each rank of a machine; got rank {local} and {found} GPUs. Start "
                     f"{max(found, 1)} ranks a machine, or set run.device=cpu."
                 )
-            for names, value in CUDA_ENVIRONMENT.items():
-                if not any(name in os.environ for name in names):
-                    os.environ[names[0]] = value
+            prepare_cuda()
             torch.cuda.set_device(local)
             return cls(rank, ranks, torch.device("cuda", local), shape, *limits)
         return cls(rank, ranks, torch.device("cpu"), shape, *limits)
@@ -130,10 +132,10 @@ class Parallel:
             raise ParallelError("a process group exists already; Parallel makes its own and must be the only one.")
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         long = timedelta(seconds=self.first_timeout + MARGIN)
+        store: dist.Store = dist.HashStore()  # enough for plain python on a GPU
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=long)
-        else:  # plain python on a GPU
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=long)
+            store, self.start_name = meet(self.rank, self.ranks, long)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.ranks, timeout=long)
         self.cpu_group = dist.new_group(backend="gloo", timeout=long) if backend == "nccl" else dist.group.WORLD
         if shape[0] > 1:
             self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
@@ -267,6 +269,43 @@ class Parallel:
         elif self.ranks > 1:
             return  # the process is about to end: until then others may read in the store why
         self.stop()
+
+
+def meet(rank: int, ranks: int, timeout: timedelta) -> tuple[dist.Store, str]:
+    """The store of all ranks, below a name that no earlier start of them has used; and that name.
+
+    torchrun keeps its store when it starts ranks again, and torch would find in it the addresses of those that died.
+    Nothing that torchrun tells a rank is new and the same for all (TORCHELASTIC_RESTART_COUNT is counted by each
+    machine for itself). So rank 0 makes a name up, and hands it to whoever asks with a name of its own.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store = dist.PrefixStore("mvle", next(rendezvous("env://", rank, ranks, timeout=timeout))[0])
+    mine = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"ask/{rank}", mine)
+        name = store.get(f"name/{mine}").decode()  # waits for it
+        store.set(f"{name}/came/{rank}", "")
+        return dist.PrefixStore(name, store), name
+    until = time.monotonic() + timeout.total_seconds()
+    answered: dict[int, bytes] = {}
+    missing = list(range(1, ranks))
+    while missing := [other for other in missing if not store.check([f"{mine}/came/{other}"])]:
+        for other in missing:
+            if store.check([f"ask/{other}"]) and (asked := store.get(f"ask/{other}")) != answered.get(other):
+                answered[other] = asked  # perhaps by a rank of an earlier start: then the new one asks again
+                store.set(f"name/{asked.decode()}", mine)
+        if time.monotonic() > until:
+            raise RuntimeError(f"waited {timeout} for all {ranks} ranks to start; these did not come: {missing}.")
+        time.sleep(0.02)
+    return dist.PrefixStore(mine, store), mine
+
+
+def prepare_cuda() -> None:
+    """Set CUDA_ENVIRONMENT, before CUDA is used."""
+    for names, value in CUDA_ENVIRONMENT.items():
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
 
 
 def mesh_shape(config: ParallelConfig, ranks: int) -> tuple[int, int]:

@@ -19,13 +19,14 @@ prints its stacks, and all end with FAILED. Rank 0 and the last rank, which may 
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import json
 import os
-import secrets
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -37,7 +38,7 @@ import torch.distributed as dist
 from .parallel import MARGIN, Parallel
 
 FAILED = 1  # exit code of every rank that ends by a verdict
-BEAT = 1.0  # seconds between two beats; a tenth of parallel.timeout where that is less
+BEAT = 0.5  # seconds between two beats; a tenth of parallel.timeout where that is less
 STDERR = 2  # written without Python's buffers, whose lock a hung main thread may hold
 SHOWN = 8  # ranks that a verdict has a line for
 
@@ -80,12 +81,10 @@ class Watch:
         self._ending = False  # the main thread ends the process itself
         self._verdict: Verdict | None = None
         self._judged, self._closing, self._wake = threading.Event(), threading.Event(), threading.Event()
-        self._unsaid = threading.Lock()  # taken by who says the verdict, and never given back
-        # a number of this start: torchrun may keep its store over restarts
-        start = parallel.agree(secrets.randbits(62) if parallel.is_main else 0)
+        self._saying, self._said = threading.Lock(), False
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         client = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=5))
-        self._store = dist.PrefixStore(f"mvle/watch/{start}", client)
+        self._store = dist.PrefixStore(f"mvle/watch/{parallel.start_name}", client)
         self._address = f"{address}:{port}"
         self._publish()
         parallel.barrier()  # all have published: reading waits for nobody
@@ -280,6 +279,10 @@ class Watch:
         if self._ending:
             return
         self._say(verdict)
+        try:
+            raise RuntimeError(verdict["text"])
+        except RuntimeError as error:
+            tell_torchrun(error, trace=False)
         if self.parallel.rank in verdict["stacks"]:
             os.write(STDERR, f"mvle.train: rank {self.parallel.rank} hangs here (its main thread is last):\n".encode())
             faulthandler.dump_traceback(file=STDERR)
@@ -292,12 +295,14 @@ class Watch:
 
     def _say(self, verdict: Verdict) -> None:
         """The author says all, and the first rank of each other machine the first line."""
-        if not self._unsaid.acquire(blocking=False):
-            return
-        if verdict["author"] == self.parallel.rank:
-            os.write(STDERR, f"mvle.train: {verdict['text']}\n".encode())
-        elif os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(STDERR, f"mvle.train: {verdict['text'].splitlines()[0]}\n".encode())
+        with self._saying:  # the main thread and `_talk` may both be about to end the process
+            if self._said:
+                return
+            self._said = True
+            if verdict["author"] == self.parallel.rank:
+                os.write(STDERR, f"mvle.train: {verdict['text']}\n".encode())
+            elif os.environ.get("LOCAL_RANK", "0") == "0":
+                os.write(STDERR, f"mvle.train: {verdict['text'].splitlines()[0]}\n".encode())
 
     def _linger(self) -> None:
         """Whoever holds the store leaves last, or nobody can read the verdict."""
@@ -314,6 +319,17 @@ def lost_a_rank(error: BaseException | None) -> bool:
     return False
 
 
+def tell_torchrun(error: Exception, trace: bool = True) -> None:
+    """Leave an error that is being handled where torchrun looks: it prints that of the rank which failed first."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        if not trace:
+            error.__suppress_context__ = True
+            error.with_traceback(None)
+        get_error_handler().record_exception(error)
+
+
 def first_line(error: BaseException) -> str:
     """Of an error: its type, and the first line of its message."""
     lines = str(error).strip().splitlines()
@@ -324,11 +340,8 @@ def code_of(thread: int) -> dict[str, Any]:
     """The line of Python that a thread is at, and whether it waits there for other ranks."""
     frame = sys._current_frames()[thread]
     code = f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
-    waits, depth = False, 0
-    while frame is not None and depth < 4:  # further out is FSDP's wrapping of the model itself
-        waits |= "torch/distributed/" in frame.f_code.co_filename
-        frame, depth = frame.f_back, depth + 1
-    return {"code": code, "waits": waits}
+    inner = itertools.islice(traceback.walk_stack(frame), 4)  # further out is FSDP's wrapping of the model itself
+    return {"code": code, "waits": any("torch/distributed/" in f.f_code.co_filename for f, _ in inner)}
 
 
 def trace(report: Report, silent: float) -> str:

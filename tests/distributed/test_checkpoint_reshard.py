@@ -1,4 +1,4 @@
-"""A checkpoint of any number of ranks loads on any other."""
+"""A checkpoint of any number of ranks loads on any other, whether it was written in the background or not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mvle.engine.checkpoint import CheckpointConfig, Checkpointer
+from mvle.engine.ema import Ema
 from mvle.engine.optim import OptimConfig, build_optimizer, clip_and_step
 from mvle.engine.parallel import Parallel, ParallelConfig
 
@@ -14,27 +15,31 @@ from .ranks import run_ranks
 from .toy import Toy, pairs_of
 
 
-def train(folder: str, first: int, last: int, result: str | None = None, replicate: int = 1) -> None:
-    """Steps first .. last - 1 on this many ranks: resumes from `folder`, saves there, writes whole weights."""
-    with Parallel.start(ParallelConfig(replicate=replicate), "cpu") as parallel:
+def train(folder: str, first: int, last: int, result: str) -> None:
+    """Steps first .. last - 1 on this many ranks: resumes from `folder`, saves there, writes whole weights and EMA."""
+    with Parallel.start(ParallelConfig(), "cpu") as parallel:
         model = parallel.shard(Toy(seed=first))  # other weights in each process generation: loading must replace them
         optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
-        checkpoints = Checkpointer(folder, CheckpointConfig(), parallel)
+        ema = Ema(model, 0.5)
+        checkpoints = Checkpointer(folder, CheckpointConfig(asynchronous=parallel.ranks > 1), parallel)
         if (path := checkpoints.latest()) is not None:
-            assert checkpoints.load(path, model, optimizer)["step"] == first
+            assert checkpoints.load(path, model, optimizer, ema)["step"] == first
         for step in range(first, last):
             mine = pairs_of(step).chunk(parallel.ranks)[parallel.rank]
             (model(mine) * parallel.ranks / 8).backward()
-            clip_and_step(optimizer, 1.0)
+            _, skipped = clip_and_step(optimizer, 1.0)
             optimizer.zero_grad(set_to_none=True)
-        checkpoints.save(last, model, optimizer, {"pairs": last * 8})
-        whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
-        if result and parallel.is_main:
-            torch.save({name: p.detach() for name, p in whole.items()}, result)
+            ema.update(step, skipped)
+        checkpoints.save(last, model, optimizer, {"pairs": last * 8}, ema)
+        tensors = {**dict(model.named_parameters()), **{f"ema.{n}": tensor for n, tensor in ema.tensors().items()}}
+        whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in tensors.items()}
+        if parallel.is_main:
+            torch.save({name: tensor.detach() for name, tensor in whole.items()}, result)
+        checkpoints.wait()
 
 
 def weights_after(folder: Path, plan: list[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
-    """Weights after (ranks, first step, last step) parts, each started anew from the checkpoint of the one before."""
+    """Weights and EMA after (ranks, first step, last step) parts, each started anew from the checkpoint of the one before."""
     result = folder / "weights.pt"
     for ranks, first, last in plan:
         if ranks == 1:

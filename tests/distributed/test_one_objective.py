@@ -30,7 +30,7 @@ from mvle.objectives import itm
 from ..unit.small_run import small_config, write_shard
 from .ranks import free_port, run_ranks
 
-STEPS, TOTAL, GROUP = 3, 48, 2
+STEPS, TOTAL, GROUP = 3, 24, 2
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
@@ -214,7 +214,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         (1, [Way(accumulate=2), Way(accumulate=4, mode="drop")]),
         (2, [Way(), Way(accumulate=2), Way(mode="drop")]),
         (3, [Way(), Way(accumulate=2)]),
-        (4, [Way(), Way(accumulate=2), Way(replicate=2), Way(accumulate=2, replicate=2, mode="drop")]),
+        (4, [Way(), Way(accumulate=3), Way(replicate=2), Way(accumulate=3, replicate=2, mode="drop")]),
     ],
     ids=lambda v: str(v) if isinstance(v, int) else "",
 )

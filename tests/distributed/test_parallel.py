@@ -11,7 +11,7 @@ import torch
 from mvle.engine.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
 from mvle.engine.metrics import Metrics, MetricsConfig, read_rows
 from mvle.engine.optim import OptimConfig, build_optimizer, clip_and_step
-from mvle.engine.parallel import Parallel, ParallelConfig, mesh_shape
+from mvle.engine.parallel import CUDA_ENVIRONMENT, MARGIN, Parallel, ParallelConfig, mesh_shape, prepare_cuda
 
 from .ranks import run_ranks
 from .toy import Toy, pairs_of
@@ -19,7 +19,8 @@ from .toy import Toy, pairs_of
 
 def steps(result: str, replicate: int, micro: int) -> None:
     """Five steps, the third not finite, in micro-batches; rank 0 writes whole weights and what it saw."""
-    with Parallel.start(ParallelConfig(replicate=replicate), "cpu") as parallel:
+    with Parallel.start(ParallelConfig(replicate=replicate, first_timeout=90, timeout=7), "cpu") as parallel:
+        assert patience(parallel) == ([] if parallel.ranks == 1 else [90 * 60 + MARGIN])
         model = parallel.shard(Toy())
         optimizer = build_optimizer(model, OptimConfig(lr=1e-2, encoder_lr=5e-3))
         norms, skips = [], []
@@ -38,9 +39,20 @@ def steps(result: str, replicate: int, micro: int) -> None:
             with torch.no_grad():
                 model.encode_images(mine)  # an entry beside forward
             parallel.reshard(model)
+            parallel.shorten_timeouts()
+        assert patience(parallel) == ([] if parallel.ranks == 1 else [7 * 60 + MARGIN])
         whole = {n: (p.full_tensor() if parallel.sharded else p).detach() for n, p in model.named_parameters()}
         if parallel.is_main:
             torch.save({"weights": whole, "norms": torch.tensor(norms), "skips": torch.tensor(skips)}, result)
+
+
+def patience(parallel: Parallel) -> list[float]:
+    """How many seconds the groups of ranks wait: one number, if all wait alike."""
+    if parallel.mesh is None:
+        return []
+    groups = [torch.distributed.group.WORLD, parallel.cpu_group, *parallel.mesh.get_all_groups()]
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    return sorted({backend.options._timeout.total_seconds() for backend in backends})
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +83,7 @@ def words(folder: str) -> None:
         assert parallel.agree(10 * parallel.rank) == 10
         total = parallel.all_reduce_sum(torch.tensor([1.0, parallel.rank]))
         assert total.tolist() == [2.0, 1.0]
+        assert parallel.sum_on_cpu(torch.tensor([1.0, parallel.rank])).tolist() == [2.0, 1.0]
 
         # losses are added over ranks, what all have alike is not
         with Metrics(f"{folder}/metrics.jsonl", MetricsConfig(every=2), parallel, steps=2, pairs=8) as metrics:
@@ -103,6 +116,34 @@ def test_ranks_agree_and_fail_together(tmp_path: Path) -> None:
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [(row["loss"], row["grad_norm"]) for row in rows] == [(1.5, 3.0)]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_00000001"]
+
+
+def meet_over(port: int) -> None:
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with Parallel.start(ParallelConfig(), "cpu") as parallel:
+        assert parallel.agree(parallel.rank) == 1
+
+
+def test_ranks_that_start_again_do_not_find_those_of_before_in_the_store_that_torchrun_keeps() -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in range(2):
+        run_ranks(2, meet_over, store.port)
+
+
+def test_cuda_gets_the_settings_of_a_cluster_where_the_user_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for names in CUDA_ENVIRONMENT:
+        for name in names:
+            monkeypatch.setenv(name, "")  # put back afterwards
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "mine")
+
+    prepare_cuda()
+
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "mine" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    prepare_cuda()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def test_one_cpu_rank_needs_no_process_group() -> None:

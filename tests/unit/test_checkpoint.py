@@ -14,49 +14,13 @@ import pytest
 import torch
 
 from mvle.engine import checkpoint, checkpoint_files
-from mvle.engine.checkpoint import CheckpointConfig, Checkpointer, load_checkpoint
+from mvle.engine.checkpoint import load_checkpoint
 from mvle.engine.checkpoint_files import find_latest, read_meta, steps_in
 from mvle.engine.checkpoint_tensors import state_tensors
 from mvle.engine.errors import CheckpointError
-from mvle.engine.optim import OptimConfig, build_optimizer, clip_and_step
-from mvle.engine.parallel import Parallel
 
-from ..distributed.toy import Toy, pairs_of
-
-ALONE = Parallel(0, 1, torch.device("cpu"))
-
-
-class Run:
-    """A toy run with its checkpoints."""
-
-    def __init__(self, folder: Path, seed: int = 0, **config: object) -> None:
-        self.model = Toy(seed)
-        self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-2))
-        self.checkpoints = Checkpointer(folder, CheckpointConfig(**config), ALONE)
-        self.step = 0
-
-    def train(self, steps: int) -> Run:
-        for _ in range(steps):
-            self.model(pairs_of(self.step)).backward()
-            clip_and_step(self.optimizer, 1.0)
-            self.optimizer.zero_grad()
-            self.step += 1
-        return self
-
-    def save(self) -> Path:
-        return self.checkpoints.save(self.step, self.model, self.optimizer, {"pairs": 8 * self.step})
-
-    def resume(self) -> Run:
-        path = self.checkpoints.latest()
-        assert path is not None
-        self.step = self.checkpoints.load(path, self.model, self.optimizer)["step"]
-        return self
-
-
-def same(a: Run, b: Run) -> bool:
-    ours, theirs = state_tensors(a.model, a.optimizer), state_tensors(b.model, b.optimizer)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
+from ..distributed.toy import Toy
+from .checkpoint_run import Run, same
 
 # --- resume ----------------------------------------------------------------------------------------------------------
 
