@@ -67,8 +67,9 @@ def train(name: str, overrides: Sequence[str], dry: bool, stop: StopFlag) -> int
     from .engine.errors import CheckpointError
     from .engine.parallel import Parallel, ParallelError
     from .engine.skips import NotFiniteError
-    from .engine.trackers import TrackerError
+    from .engine.trackers import TrackerError, check_trackers
     from .engine.watch import Watch
+    from .evaluation.split import SplitError
 
     parallel: Parallel | None = None
     watch: Watch | None = None
@@ -78,6 +79,7 @@ def train(name: str, overrides: Sequence[str], dry: bool, stop: StopFlag) -> int
         if not dry:
             require_data(config, f"python -m mvle.train {name}")
             check_tokenizer(config.tokenizer, config.run.folder)
+            check_trackers(config.metrics)
         with Parallel.start(config.parallel, config.run.device) as parallel, Watch(parallel) as watch:
             if dry:
                 from .engine.dry_run import dry_run
@@ -87,9 +89,9 @@ def train(name: str, overrides: Sequence[str], dry: bool, stop: StopFlag) -> int
             from .engine.trainer import Trainer
 
             return FINISHED if Trainer(config, parallel, watch, stop).run() else STOPPED
-    except (ConfigError, DataError, ParallelError, TrackerError) as error:
-        return explain(error, watch, UNUSABLE)
-    except (CheckpointError, NotFiniteError, OSError) as error:
+    except NotFiniteError as error:
+        return explain(error, watch, FAILED)
+    except (ConfigError, DataError, SplitError, CheckpointError, ParallelError, TrackerError, OSError) as error:
         trained = parallel is not None and parallel.settled  # before the first step it is what the run began with
         return explain(error, watch, FAILED if trained else UNUSABLE)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Columns in a file: named arrays and one JSON header, as safetensors lays them out. Read memory-mapped, no pickle."""
+"""Columns in a file: named arrays and one JSON header, as safetensors lays them out. Read whole, no pickle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from .errors import DataError
@@ -36,30 +35,32 @@ def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], header: Mappi
 
 
 def read_columns(path: Path, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """(columns as read-only views of the mapped file, the JSON header). Raises DataError if it is not such a file."""
+    """(columns as read-only arrays, the JSON header). Raises DataError if it is not such a file.
+
+    Read into memory, not mapped: a map of a file that is cut under it ends the process by SIGBUS, and while a page of
+    it comes from a server that hangs, the interpreter is locked: no watchdog and no signal gets through.
+    """
     wrong = f"{path} must be a safetensors file with a {name} header"
-    size = path.stat().st_size
-    if size < 8:
+    data: Bytes = np.fromfile(path, np.uint8)
+    if len(data) < 8:
         raise DataError(f"{wrong}; it is shorter than any.")
-    # torch maps and closes the file; Python's mmap keeps it open, and a thousand shards would reach the usual limit.
-    mapped: Bytes = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-    mapped.flags.writeable = False
-    length = int.from_bytes(mapped[:8].tobytes(), "little")
+    data.flags.writeable = False
+    length = int.from_bytes(data[:8].tobytes(), "little")
     try:
-        tensors = json.loads(mapped[8 : 8 + length].tobytes())
+        tensors = json.loads(data[8 : 8 + length].tobytes())
         header = json.loads(tensors.pop("__metadata__")[name])
-        columns = {key: _view(mapped, 8 + length, entry) for key, entry in tensors.items()}
+        columns = {key: _view(data, 8 + length, entry) for key, entry in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{wrong}; it is damaged: {type(error).__name__}: {error}.") from error
     return columns, header
 
 
-def _view(mapped: Bytes, start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
+def _view(data: Bytes, start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
     begin, end = entry["data_offsets"]
     dtype = np.dtype(_DTYPES[entry["dtype"]])
-    if not 0 <= begin <= end <= len(mapped) - start or end - begin != dtype.itemsize * int(np.prod(entry["shape"])):
+    if not 0 <= begin <= end <= len(data) - start or end - begin != dtype.itemsize * int(np.prod(entry["shape"])):
         raise ValueError("a column lies outside the file")
-    return mapped[start + begin : start + end].view(dtype).reshape(entry["shape"])
+    return data[start + begin : start + end].view(dtype).reshape(entry["shape"])
 
 
 def pack_strings(strings: list[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

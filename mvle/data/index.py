@@ -1,10 +1,8 @@
 """The index of a shard.
 
-`SHARD.tar.index.safetensors` lies beside `SHARD.tar`, is columnar (one row an image) and is read memory-mapped, so a
-thousand shards open in a moment, and the ranks of a machine share one copy: 150 to 250 bytes an image are 2 to
-3 GB for twelve million images, too much for each rank to hold on its own. The price of a map is that a file that is cut
-under it ends the process with SIGBUS and no message; `ShardIndex.check` looks before that.
-indexing.py makes the index, and its header lists what was left out, with the reason.
+`SHARD.tar.index.safetensors` lies beside `SHARD.tar`, is columnar (one row an image) and is read into memory when
+a set is opened: 150 to 250 bytes an image, mostly its captions, 2 to 3 GB a rank for twelve million images. Not mapped,
+see columns.py. indexing.py makes the index, and its header lists what was left out, with the reason.
 
     image.offset, image.size int64 · width, height int32 (displayed) · orientation, format, bit_depth, channels uint8
     image.crc32 uint32 · image_id int64 · key.bytes, key.offsets · caption.bytes, caption.offsets
@@ -46,7 +44,7 @@ def shard_changed(shard: Path, expected: str, now: str, what: str = "the shard")
 
 
 class ShardIndex:
-    """The index of one shard, memory-mapped. `columns` are read-only arrays, `header` is the JSON header."""
+    """The index of one shard, in memory. `columns` are read-only arrays, `header` is the JSON header."""
 
     def __init__(self, shard: str | os.PathLike[str]) -> None:
         self.path = Path(shard)
@@ -54,8 +52,6 @@ class ShardIndex:
             self.columns, self.header = read_columns(index_path(shard), HEADER)
         except DataError as error:
             raise DataError(f"{error} Make it again:\n    {index_command([str(self.path)])}") from error
-        self._index_path = os.fspath(index_path(shard))
-        self._index_size = os.stat(self._index_path).st_size
         if self.header.get("version") != VERSION:
             raise DataError(
                 f"the index of {self.path} has format {self.header.get('version')}; this mvle reads {VERSION}. Make it "
@@ -90,19 +86,6 @@ class ShardIndex:
         if stat.st_mtime_ns > max(self.header["time_ns"], index_path(self.path).stat().st_mtime_ns):
             return "the shard was written after it was indexed"
         return None
-
-    def check(self) -> None:
-        """Raise DataError if the mapped file is gone or has another size: reading the columns could end the process.
-
-        One `stat`, about 2 microseconds. (A new file of the same size, as indexing again gives, leaves the map alone.)
-        """
-        try:
-            size = os.stat(self._index_path).st_size
-        except FileNotFoundError:
-            size = None
-        if size != self._index_size:
-            now = "it is gone" if size is None else f"it has {size:,} bytes"
-            raise shard_changed(self.path, f"{self._index_size:,} bytes", now, "the index of the shard")
 
     def text(self, name: str, i: int) -> str:
         """Entry i of a string column ("key" or "caption")."""

@@ -22,6 +22,7 @@ import queue
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 
 _ATTEMPTS = 64  # rows tried in place of a bad one before the run stops
 _EARLY_PAIRS = 1000  # before so many pairs were read, max_bad_share is a share of this number
+_RECENT_PAIRS = 10_000  # bad images found longer ago do not count: a disk may begin to fail after months
 _CLOSE_SECONDS = 5.0  # how long close() waits for a thread that hangs in a read
 
 
@@ -81,7 +83,10 @@ class DataConfig(Section):
     threads: int = Field(2, ge=1, description="threads that decode, on each rank")
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="larger images are left out when a shard is indexed")
     max_bad_share: float = Field(
-        0.01, ge=0, le=1, description="stop when more than this share of the images read fail (counted from 1,000 on)"
+        0.01,
+        ge=0,
+        le=1,
+        description="stop when more than so large a share of a rank's last 10,000 images turns out bad",
     )
 
     @field_validator("train", "val", "test", mode="before")
@@ -163,6 +168,7 @@ class Loader:
         self.bad: dict[str, str] = {}
         self._bad_rows: set[int] = set()
         self._pairs = 0
+        self._found: deque[int] = deque()  # pairs read when each of the recent bad images was found
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=1)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -236,7 +242,8 @@ class Loader:
                 step += 1
             self._stage = "finished"
             self._hand_over(None)
-        except Exception as error:  # the consumer raises it, with this thread's traceback
+        # The consumer raises it, with this thread's traceback. A panic of Rust (tokenizers) is no Exception.
+        except BaseException as error:
             self._stage = f"{self._stage}, failed ({type(error).__name__})"
             self._hand_over(error)
 
@@ -250,9 +257,7 @@ class Loader:
     def load(self, step: int) -> Batch:
         """The batch of one step, made here and now: what the iterator gives for it."""
         self._stage = f"step {step}, preparing images"
-        counters = self.plan.positions(step, self.rank, self.ranks)
-        self.shards.check_indexes(self.plan.rows(counters))
-        draws = self.plan.draws(counters)
+        draws = self.plan.draws(self.plan.positions(step, self.rank, self.ranks))
         images = np.empty((len(draws), self.image_size, self.image_size, 3), np.uint8)
         failed = self._decode_all(draws, images)
         self._pairs += len(draws)
@@ -263,7 +268,6 @@ class Loader:
                 replaced += 1
 
         self._stage = f"step {step}, preparing captions"
-        self.shards.check_indexes([draw.row for draw in draws])  # again: decoding takes a while
         captions = [self.shards.caption(draw.row, draw.caption) for draw in draws]
         ids, truncated = self.tokenizer.encode(captions, self.max_tokens)
         batch = _assemble(self.shards, draws, torch.from_numpy(images), ids, self.max_tokens, self.row_multiple)
@@ -294,7 +298,6 @@ class Loader:
         for attempt in range(1, _ATTEMPTS + 1):
             if bad is not None:
                 self._note(*bad)
-            self.shards.check_indexes([self.plan.row(draw.counter, attempt)])
             other = self.plan.replacement(draw.counter, attempt)
             error_again = self._decode(other, into)
             if error_again is None:
@@ -309,10 +312,13 @@ class Loader:
         name = f"{self.shards.key(row)} ({self.shards.shard_path(row)})"
         self.bad[name] = str(error)
         log.warning("%simage %s is bad and gets replaced: %s", self._whose, name, error)
-        share = self.config.max_bad_share
-        if len(self._bad_rows) > share * max(self._pairs, _EARLY_PAIRS):
+        self._found.append(self._pairs)
+        while self._found[0] <= self._pairs - _RECENT_PAIRS:
+            self._found.popleft()
+        share, recent = self.config.max_bad_share, min(self._pairs, _RECENT_PAIRS)
+        if len(self._found) > share * max(recent, _EARLY_PAIRS):
             raise DataError(
-                f"{self._whose}{len(self._bad_rows)} images failed within {self._pairs} pairs, over "
+                f"{self._whose}{len(self._found)} images failed within {recent} pairs, over "
                 f"data.max_bad_share={share}.\n{self._bad_list()}"
             )
 
@@ -340,7 +346,6 @@ def evaluation_batch(
     extras: also "objects" (uint8 [B, image_size, image_size], 1 = a pixel of an object; left out where a pair has no
     objects.png) and "scene" (list of dict or None; positions moved with the crop). Raises BadImageError with the key.
     """
-    shards.check_indexes([int(row) for row in rows])
     draws = []
     for row, caption in zip(rows, caption_indices, strict=True):
         window = centred_square(*shards.size(int(row)))

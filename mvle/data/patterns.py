@@ -16,7 +16,7 @@ def expand_pattern(pattern: str) -> list[Path]:
     """The shards that a pattern names: braces first, then globs (sorted). Raises DataError where nothing matches."""
     pattern = os.path.expanduser(pattern)
     found = []
-    for name in _expand_braces(pattern):
+    for name in expand_braces(pattern):
         matches = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else [name]
         if not matches:
             raise DataError(
@@ -29,7 +29,8 @@ def expand_pattern(pattern: str) -> list[Path]:
     return found
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """The names that {000..003} and {a,b} stand for."""
     found = _BRACES.search(pattern)
     if not found:
         return [pattern]
@@ -45,4 +46,4 @@ def _expand_braces(pattern: str) -> list[str]:
     else:
         return [pattern]
     head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [expanded for part in parts for expanded in _expand_braces(head + part + tail)]
+    return [expanded for part in parts for expanded in expand_braces(head + part + tail)]

@@ -171,11 +171,7 @@ class SamplingPlan:
 
     def draws(self, counters: Integers) -> list[Draw]:
         """The pairs of several counters; each is what `draw` gives for it alone."""
-        return self._show(counters, self.rows(counters))
-
-    def rows(self, counters: Integers) -> list[int]:
-        """The rows of several counters, without a look into the data."""
-        return [self.row(int(counter)) for counter in counters]
+        return self._show(counters, [self.row(int(counter)) for counter in counters])
 
     def replacement(self, counter: int, attempt: int) -> Draw:
         """What stands in for a pair whose image fails: the row that its slot gives `attempt` turns later, with the

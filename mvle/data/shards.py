@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -12,8 +14,8 @@ from pathlib import Path
 
 from .captions import bytes_id
 from .errors import DataError
-from .index import ShardIndex, open_indexes, shard_changed
-from .patterns import expand_pattern
+from .index import ShardIndex, index_path, open_indexes, shard_changed
+from .patterns import expand_braces, expand_pattern
 from .reader import ShardReader
 from .shapes import shape_shards
 
@@ -21,7 +23,7 @@ SHAPES = "shapes:"
 
 
 class ShardSet:
-    """Rows of several shards. Lookups are O(log shards) and read the mapped indexes; images are read by `pread`."""
+    """Rows of several shards. Lookups are O(log shards) and read the indexes in memory; images are read by `pread`."""
 
     def __init__(self, indexes: Sequence[ShardIndex]) -> None:
         if not indexes:
@@ -58,6 +60,7 @@ class ShardSet:
                 paths += shape_shards(pattern[len(SHAPES) :], shapes_folder, shapes_captions)
             else:
                 paths += expand_pattern(pattern)
+                _refuse_lost_shards(pattern)
         repeated = [str(path) for path, times in Counter(paths).items() if times > 1]
         if repeated:
             raise DataError(f"each shard must be named once; {', '.join(repeated[:3])} comes twice in {patterns}.")
@@ -148,11 +151,6 @@ class ShardSet:
             return None
         return self._reader.read(shard, int(columns[name][i]), int(columns[f"extra.{suffix}.size"][i]))
 
-    def check_indexes(self, rows: Sequence[int]) -> None:
-        """Raise DataError if an index that these rows need is gone or was cut (see ShardIndex.check)."""
-        for shard in {self.locate(row)[0] for row in rows}:
-            self.indexes[shard].check()
-
     def check_shard(self, row: int) -> None:
         """Raise DataError if the shard of a row whose bytes are wrong is gone, or was written since the set was opened:
         then it is another file, and all its images are wrong."""
@@ -185,3 +183,15 @@ class ShardSet:
         if not 0 <= caption < last - first:
             raise IndexError(f"caption must be in 0..{last - first - 1} for {self.key(row)}; got {caption}.")
         return shard, first + caption
+
+
+def _refuse_lost_shards(pattern: str) -> None:
+    """Raise DataError for an index whose shard is gone: a glob would go on without it, and nobody would know."""
+    names = expand_braces(os.path.expanduser(pattern))
+    for index in sorted(path for name in names if glob.has_magic(name) for path in glob.glob(str(index_path(name)))):
+        shard = index.removesuffix(str(index_path("")))
+        if not os.path.isfile(shard):
+            raise DataError(
+                f"the shard {shard} is gone, and its index is there ({pattern} names it). Put it back; if the data is "
+                f"meant to be without it, remove {index} too."
+            )

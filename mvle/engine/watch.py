@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -67,7 +67,7 @@ class Watch:
         self.parallel = parallel
         self.at = At(0, "starting", 0, time.monotonic(), parallel.first_timeout)
         self.beat = min(BEAT, parallel.timeout / 10)
-        self.window = max(3 * self.beat, 2.0)  # whoever is silent for so long, after a collective failed, is gone
+        self.window = max(5 * self.beat, 2.0)  # seconds: whoever is silent for so long is not late, but dead or stopped
         if parallel.ranks == 1:
             return
         self._main = threading.get_ident()
@@ -158,9 +158,10 @@ class Watch:
         """Publish, read and judge, every beat. The only thread that uses the store."""
         try:
             while not self._closing.is_set():
+                self._round()
                 self._wake.wait(self.beat)
                 self._wake.clear()
-                self._round()
+            self._publish()  # that this rank is done
         except RuntimeError as error:  # torch's DistError: the connection broke
             self._broken = first_line(error)
 
@@ -223,14 +224,14 @@ class Watch:
         if self._asked:
             return self._judge_lost(reports, silent) if now > self._asked + self.window else None
         if gone := [rank for rank in reports if silent[rank] > self.parallel.timeout]:
-            lines = [f"rank {r} is dead or stopped: {trace(reports[r], silent[r])}" for r in gone[:SHOWN]]
+            lines = each(gone, lambda r: f"rank {r} is dead or stopped: {last_seen(reports[r], silent[r])}")
             return self._rule(lines + others(reports, gone))
         return self._judge_late(reports, silent, now)
 
     def _judge_lost(self, reports: Mapping[int, Report], silent: Mapping[int, float]) -> Verdict:
         """A collective failed: who is gone?"""
         gone = [rank for rank in reports if silent[rank] > self.window - self.beat]
-        lines = [f"rank {r} died: {trace(reports[r], silent[r])}" for r in gone[:SHOWN]]
+        lines = each(gone, lambda r: f"rank {r} died: {last_seen(reports[r], silent[r])}")
         if not gone:
             lines = [f"a collective failed, and every rank is alive; rank {self.parallel.rank} got {self._error}"]
         return self._rule(lines + others(reports, gone))
@@ -245,21 +246,22 @@ class Watch:
         if not last or now - self._least[1] <= limit:
             return None
         late = [rank for rank in last if not reports[rank]["waits"]] or last
-        lines = []
-        for rank in late[:SHOWN]:
+        key = "parallel.timeout" if limit == self.parallel.timeout else "parallel.first_timeout"
+
+        def line(rank: int) -> str:
             report = reports[rank]
-            if silent[rank] > 3 * self.beat:
-                lines.append(f"rank {rank} is dead or stopped: {trace(report, silent[rank])}")
-            else:
-                lines.append(
-                    f"rank {rank} hangs: {report['seconds']:.0f} s in {report['where']}, which may take {limit:.0f} s, "
-                    f"at {report['code']}; {report['process']} is alive and prints its stacks"
-                )
+            if silent[rank] > self.window:
+                return f"rank {rank} is dead or stopped: {last_seen(report, silent[rank])}"
+            return (
+                f"rank {rank} hangs: {report['seconds']:.0f} s in {report['where']}, which may take {limit:.0f} s "
+                f"({key}), at {report['code']}; {report['process']} is alive and prints its stacks"
+            )
+
         if len(late) < len(reports):
-            return self._rule(lines + others(reports, late), late)
-        lines.insert(0, "no rank makes progress, and none is behind the others: a network, or a collective")
+            return self._rule(each(late, line) + others(reports, late), late)
         # the process group's own timeout is next: let NCCL write what its flight recorder holds
-        return self._rule(lines, late, wait=2 * MARGIN)
+        first = "no rank makes progress, and none is behind the others: a network, or a collective"
+        return self._rule([first, *each(late, line)], late, wait=2 * MARGIN)
 
     def _store_verdict(self, problem: str) -> Verdict:
         """What only this rank can know: nobody else is to be reached."""
@@ -267,7 +269,7 @@ class Watch:
             who = "torchrun's agent of the first node is gone or stopped"
         else:
             report, when = self._heard[0]
-            who = f"rank 0 is dead or stopped: {trace(report, time.monotonic() - when)}"
+            who = f"rank 0 is dead or stopped: {last_seen(report, time.monotonic() - when)}"
         return self._rule([who, f"it held the ranks' store at {self._address}: {problem}"])
 
     def _rule(self, lines: Sequence[str], stacks: Sequence[int] = (), wait: float = 0.0) -> Verdict:
@@ -344,9 +346,15 @@ def code_of(thread: int) -> dict[str, Any]:
     return {"code": code, "waits": any("torch/distributed/" in f.f_code.co_filename for f, _ in inner)}
 
 
-def trace(report: Report, silent: float) -> str:
+def last_seen(report: Report, silent: float) -> str:
     """What is left of a rank that is silent."""
     return f"no sign of life since {silent:.0f} s, last seen in {report['where']} ({report['process']})"
+
+
+def each(ranks: Sequence[int], line: Callable[[int], str]) -> list[str]:
+    """A line for each rank, and one for all above SHOWN."""
+    more = ranks[SHOWN:]
+    return [*map(line, ranks[:SHOWN]), *([f"and so {spell(more)}"] if more else [])]
 
 
 def others(reports: Mapping[int, Report], culprits: Sequence[int]) -> list[str]:

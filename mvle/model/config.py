@@ -88,7 +88,8 @@ class KernelsConfig(Section):
         "auto", description="force one backend for every op (an op that lacks it is an error); auto lets each choose"
     )
     compile: bool = Field(
-        False, description="torch.compile the transformer blocks (needs a C++ compiler on a CPU); the first steps are slow"
+        False,
+        description="torch.compile the dense parts of every block; the first step is slow, and a CPU needs a C++ compiler",
     )
     row_multiple: int = Field(
         16, gt=0, description="packed buffers are rounded up to a multiple of this many rows, so that shapes repeat"

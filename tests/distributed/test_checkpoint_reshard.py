@@ -39,7 +39,7 @@ def train(folder: str, first: int, last: int, result: str) -> None:
 
 
 def weights_after(folder: Path, plan: list[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
-    """Weights and EMA after (ranks, first step, last step) parts, each started anew from the checkpoint of the one before."""
+    """Weights and EMA after (ranks, first step, last step) parts, each going on from the checkpoint of the last."""
     result = folder / "weights.pt"
     for ranks, first, last in plan:
         if ranks == 1:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mvle.data.errors import DataError
+from mvle.engine import watch
 from mvle.engine.parallel import Parallel, ParallelConfig
 from mvle.engine.signals import stop_on_signals
 from mvle.engine.watch import Watch, lost_a_rank, spell
@@ -27,6 +28,7 @@ from .ranks import Ending, ends_of_jobs
 
 SECONDS = 3
 STEP = 3  # of what happens to a job
+ALL = -1  # it happens to every rank
 
 Fault = Callable[[list[int]], object]  # called with the process ids of all ranks
 
@@ -34,31 +36,36 @@ Fault = Callable[[list[int]], object]  # called with the process ids of all rank
 def job(fault: Fault, culprit: int, phase: str = "loading") -> None:
     """Steps as a trainer makes them; in a phase of step STEP something happens to a rank, while the others go on."""
     with stop_on_signals() as stop:
-        watch = None
+        watcher = None
         try:
             config = ParallelConfig(first_timeout=2 * SECONDS / 60, timeout=SECONDS / 60)
-            with Parallel.start(config, "cpu") as parallel, Watch(parallel) as watch:
+            with Parallel.start(config, "cpu") as parallel, Watch(parallel) as watcher:
                 pids = [0] * parallel.ranks
                 dist.all_gather_object(pids, os.getpid())
                 for step in range(1, 5):
                     for name in ("loading", "voting"):
-                        watch.enter(name, step)
-                        if (step, parallel.rank, name) == (STEP, culprit, phase):
+                        watcher.enter(name, step)
+                        if (step, name) == (STEP, phase) and culprit in (parallel.rank, ALL):
                             fault(pids)
                     parallel.vote(stop.asked)
                     parallel.shorten_timeouts()
-                    watch.enter("saving", long=True)
+                    watcher.enter("saving", long=True)
                     if step == 1 and parallel.rank == culprit:
                         time.sleep(1.4 * SECONDS)  # too long for anything but a long phase
                     parallel.barrier()
         except DataError as error:
-            leave(explain(error, watch, UNUSABLE))
+            leave(explain(error, watcher, UNUSABLE))
         except Exception as error:
-            leave(explain(error, watch, FAILED, expected=False))
+            leave(explain(error, watcher, FAILED, expected=False))
 
 
 def hang(pids: list[int]) -> None:
     time.sleep(1000)
+
+
+def hang_without_patience(pids: list[int]) -> None:
+    watch.MARGIN = 0.5  # when no rank is behind, the process group's own timeout comes first, by default in a minute
+    hang(pids)
 
 
 def freeze(pids: list[int]) -> None:
@@ -89,6 +96,7 @@ JOBS = {
     "slow": (2, partial(job, len, 1)),
     "hangs": (4, partial(job, hang, 1)),
     "hangs among equals": (2, partial(job, hang, 1, "voting")),
+    "all hang": (2, partial(job, hang_without_patience, ALL)),
     "freezes": (2, partial(job, freeze, 1)),
     "stops": (2, partial(job, stop, 1)),
     "stops with the store": (2, partial(job, stop, 0)),
@@ -120,7 +128,10 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_step_and_prints_its_stack
     first, hung, *others = ends["hangs"]
     assert codes(ends["hangs"]) == [FAILED] * 4
     said = first.said + others[-1].said  # rank 0 or the last, whoever saw it first
-    assert re.search(r"rank 1 hangs: \d s in 'loading' of step 3, which may take 3 s, at hang \(test_watch.py", said)
+    assert re.search(
+        r"rank 1 hangs: \d s in 'loading' of step 3, which may take 3 s \(parallel.timeout\), at hang \(test_watch.py",
+        said,
+    )
     assert "ranks 0, 2-3 in 'voting' of step 3" in said
     assert "rank 1 hangs here" in hung.said and "in hang" in hung.said
 
@@ -128,6 +139,12 @@ def test_a_rank_that_hangs_is_named_with_its_phase_and_step_and_prints_its_stack
     assert codes([first, hung]) == [FAILED] * 2
     assert "rank 1 hangs" in first.said + hung.said and "rank 0 in 'voting' of step 3" in first.said + hung.said
     assert "in hang" in hung.said and "in vote" not in first.said
+
+
+def test_when_all_hang_none_is_blamed_and_all_print_their_stacks(ends: dict[str, list[Ending]]) -> None:
+    assert codes(ends["all hang"]) == [FAILED] * 2
+    assert all("in hang_without_patience" in end.said for end in ends["all hang"])
+    assert "no rank makes progress, and none is behind the others" in ends["all hang"][0].said
 
 
 def test_a_rank_whose_interpreter_stands_still_is_named_and_ends_itself(ends: dict[str, list[Ending]]) -> None:
@@ -180,17 +197,17 @@ def test_the_last_words_of_a_rank_are_quoted(ends: dict[str, list[Ending]]) -> N
 
 def test_one_rank_alone_watches_nobody() -> None:
     parallel = Parallel(0, 1, torch.device("cpu"))
-    with Watch(parallel) as watch:
-        watch.enter("saving", 7, long=True)
-        watch.enter("voting")
+    with Watch(parallel) as alone:
+        alone.enter("saving", 7, long=True)
+        alone.enter("voting")
 
-        assert (watch.at.phase, watch.at.step, watch.at.tick) == ("voting", 7, 2)
-        assert watch.at.limit == parallel.first_timeout
+        assert (alone.at.phase, alone.at.step, alone.at.tick) == ("voting", 7, 2)
+        assert alone.at.limit == parallel.first_timeout
         parallel.shorten_timeouts()
-        watch.enter("voting")
-        assert watch.at.limit == parallel.timeout
-        assert watch.blame(ValueError("a\nb")) == "ValueError: a"
-        watch.last_words("none")
+        alone.enter("voting")
+        assert alone.at.limit == parallel.timeout
+        assert alone.blame(ValueError("a\nb")) == "ValueError: a"
+        alone.last_words("none")
 
 
 def test_the_error_of_a_collective_is_told_from_others() -> None:

@@ -1,4 +1,4 @@
-"""`python -m mvle.train` with a fault planted in it: planted.py FAULT [FAULT ...] -- ARGUMENTS OF mvle.train
+"""`python -m mvle.train` with a fault planted in it: planted.py FAULT [FAULT ...] train ARGUMENTS OF mvle.train
 
     record:FOLDER       write down the keys of every step, one file a rank and process
     nan:KEY             one value of that pair's pixels is NaN on its way into the model
@@ -97,7 +97,7 @@ def mid_step(kind: str, at: int) -> Any:
 
 
 if __name__ == "__main__":
-    split = sys.argv.index("--")
+    split = sys.argv.index("train")
     for planted in sys.argv[1:split]:
         plant(planted)
     leave(main(sys.argv[split + 1 :]))

@@ -35,7 +35,7 @@ def launch(
     if ranks > 1:
         launcher = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
         command += ["-m", "torch.distributed.run", *launcher]
-    command += [str(PLANTED), *faults, "--", str(config), *overrides]
+    command += [str(PLANTED), *faults, "train", str(config), *overrides]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
