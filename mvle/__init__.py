@@ -5,16 +5,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from .inference import Pretrained
+    from .inference import Pretrained, Weights
 
 __version__ = "0.1.0"
 
 
-def load(run: str, device: str = "cpu") -> Pretrained:
-    """Open a run folder: `encode_images`, `encode_texts`, `match`, `fill`, `reconstruct` (see mvle.inference)."""
+def load(
+    run: str, device: str = "cpu", step: int | Literal["best"] | None = None, weights: Weights = "auto"
+) -> Pretrained:
+    """Open a run folder: `encode_images`, `encode_texts`, `match`, `fill`, `reconstruct` (see mvle.inference).
+
+    step: of the checkpoint; best: by checkpoint.best; None: the newest. weights: model, ema, or auto: the EMA where the
+    run keeps one (optim.ema).
+    """
     from .inference import Pretrained
 
-    return Pretrained.open(run, device)
+    return Pretrained.open(run, device, step, weights)

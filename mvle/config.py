@@ -198,6 +198,7 @@ def cross_checks(config: Config) -> Iterator[str]:
         )
     else:  # advice about a micro-batch that cannot stay would contradict the line above
         yield from _check_group(config, batch.micro or batch.total, "batch.micro" if batch.micro else "batch.total")
+    yield from _check_best(config)
     if masking.cell % image.patch:
         yield (
             f"masking.cell must be a multiple of model.image.patch ({image.patch}); got {masking.cell}. "
@@ -212,6 +213,24 @@ def cross_checks(config: Config) -> Iterator[str]:
         yield (
             "masking.insert=decoder expected masking.mode=drop, where mask tokens enter after the encoder; got "
             f"masking.mode={masking.mode}. Set masking.mode=drop or masking.insert=cross."
+        )
+
+
+def _check_best(config: Config) -> Iterator[str]:
+    """checkpoint.best must be a figure that validation will give."""
+    best = config.checkpoint.best
+    if best is None:
+        return
+    if config.evaluation.every == 0:
+        yield (
+            f"checkpoint.best={best} expected validation while training; got evaluation.every=0. Set evaluation.every, "
+            "or checkpoint.best=null."
+        )
+    objective = "itc" if best.startswith("val_r1_") else best.removeprefix("val_").removesuffix("_accuracy")
+    if objective != "loss" and getattr(config.objectives, objective).weight == 0:
+        yield (
+            f"checkpoint.best={best} expected objectives.{objective}.weight above 0; got 0, so that validation gives no "
+            "such figure. Choose another, such as val_loss."
         )
 
 

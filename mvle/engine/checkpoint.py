@@ -132,6 +132,7 @@ class Checkpointer:
         Waits for a save in flight. Raises CheckpointError on every rank if any rank could not write; what was there
         before stays as it was.
         """
+        self.wait()
         self.parallel.reshard(model)
         tensors = state_tensors(model, optimizer, ema)
         facts = {

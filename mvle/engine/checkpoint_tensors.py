@@ -212,7 +212,11 @@ def _differences(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tup
     lines = _shortened([f"only the checkpoint has {what}" for what in _by_block(k for k in stored if k not in wanted)])
     lines += _shortened([f"the checkpoint lacks {what}" for what in _by_block(k for k in wanted if k not in stored)])
     return lines + _shortened(
-        [f"{k} is {stored[k]} there and {s} here" for k, s in wanted.items() if k in stored and stored[k] != s]
+        [
+            f"{k} is {stored[k]} in the checkpoint and {s} in the model"
+            for k, s in wanted.items()
+            if k in stored and stored[k] != s
+        ]
     )
 
 

@@ -37,7 +37,7 @@ class StopFlag:
 def stop_on_signals() -> Iterator[StopFlag]:
     """STOP_SIGNALS ask for a clean end inside the block; a second SIGINT interrupts as usual.
 
-    After an error they stay so: torchrun terminates the ranks that are left, while they find out which one died.
+    Errors are explained inside it: torchrun terminates the ranks that are left, while they find out which one died.
     """
     flag = StopFlag()
     before = {}
@@ -46,9 +46,11 @@ def stop_on_signals() -> Iterator[StopFlag]:
             before[number] = signal.signal(number, flag)
     except ValueError:  # not the main thread: whoever runs us there handles signals
         before = {}
-    yield flag
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def note_stop(path: Path, step: int, name: str) -> None:

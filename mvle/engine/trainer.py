@@ -32,7 +32,7 @@ from .profiling import Profiler
 from .resume import identity, refuse_other_run
 from .run import RunFolder
 from .signals import StopFlag, forget_stop, note_stop
-from .skips import SkipLog
+from .skips import NotFiniteError, SkipLog
 from .trackers import open_trackers
 from .train_step import TrainStep
 from .watch import Watch
@@ -64,7 +64,11 @@ class Trainer:
             self.parallel.say(self.last_validation())
             return True
         self.write_config()
-        return self.loop(start)
+        try:
+            return self.loop(start)
+        except NotFiniteError:  # raised by all ranks in the same step: what is being saved can still be finished
+            self.checkpoints.wait()
+            raise
 
     # ---- building ---------------------------------------------------------------------------------------------------
 

@@ -288,8 +288,6 @@ class Watch:
         if self.parallel.rank in verdict["stacks"]:
             os.write(STDERR, f"mvle.train: rank {self.parallel.rank} hangs here (its main thread is last):\n".encode())
             faulthandler.dump_traceback(file=STDERR)
-        else:
-            time.sleep(3 * self.beat)  # until the others have read it: torchrun ends all when one ends
         self._linger()
         time.sleep(verdict["wait"])
         if not self._ending:
@@ -307,9 +305,10 @@ class Watch:
                 os.write(STDERR, f"mvle.train: {verdict['text'].splitlines()[0]}\n".encode())
 
     def _linger(self) -> None:
-        """Whoever holds the store leaves last, or nobody can read the verdict."""
-        if self.parallel.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(5 * self.beat)
+        """Let the others read the verdict: torchrun ends all of a machine when one ends, and the store with them.
+        Without torchrun rank 0 holds it, and leaves last."""
+        holds = self.parallel.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        time.sleep((5 if holds else 3) * self.beat)
 
 
 def lost_a_rank(error: BaseException | None) -> bool:

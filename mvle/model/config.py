@@ -89,7 +89,7 @@ class KernelsConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="torch.compile the dense parts of every block; the first step is slow, and a CPU needs a C++ compiler",
+        description="torch.compile the dense parts of every block; the first step is slow, a CPU needs a C++ compiler",
     )
     row_multiple: int = Field(
         16, gt=0, description="packed buffers are rounded up to a multiple of this many rows, so that shapes repeat"

@@ -21,7 +21,7 @@ from .toy import Toy, pairs_of
 
 def saves(folder: str) -> None:
     """Two copies of two shards."""
-    with Parallel.start(ParallelConfig(replicate=2), "cpu") as parallel:
+    with Parallel.start(ParallelConfig(replicate=2, first_timeout=1, timeout=1), "cpu") as parallel:
         model = parallel.shard(Toy())
         optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
         config = CheckpointConfig(asynchronous=True, best="val_loss")

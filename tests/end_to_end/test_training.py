@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from mvle.config import Config
-from mvle.engine.checkpoint import find_latest, load_checkpoint, read_meta
+from mvle.engine.checkpoint import load_checkpoint
+from mvle.engine.checkpoint_files import find_latest, read_meta
 from mvle.engine.metrics import read_rows
 from mvle.model.model import MaskVLM
 from mvle.train import main

@@ -89,7 +89,10 @@ def test_no_file_names_a_path_of_the_machine(tmp_path: Path) -> None:
     [
         (lambda m: setattr(m, "extra", torch.nn.Linear(1, 1)), "the checkpoint lacks model.extra.weight"),
         (lambda m: delattr(m, "unused"), "only the checkpoint has model.unused.weight"),
-        (lambda m: setattr(m, "embed", torch.nn.Linear(5, 8)), r"model.embed.weight is \(7, 5\) there and \(8, 5\)"),
+        (
+            lambda m: setattr(m, "embed", torch.nn.Linear(5, 8)),
+            r"model.embed.weight is \(7, 5\) in the checkpoint and \(8, 5\) in",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path, change, message: str) -> None:

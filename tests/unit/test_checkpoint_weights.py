@@ -90,8 +90,8 @@ def test_what_differs_in_the_architecture_is_said_by_block_and_shape(tmp_path: P
         "only the checkpoint has unused.weight",
         "only the checkpoint has unused.bias",
         "the checkpoint lacks blocks.2.* (4 tensors)",
-        "embed.weight is (7, 5) there and (8, 5) here",
-        "embed.bias is (7,) there and (8,) here",
+        "embed.weight is (7, 5) in the checkpoint and (8, 5) in the model",
+        "embed.bias is (7,) in the checkpoint and (8,) in the model",
     ]
 
 

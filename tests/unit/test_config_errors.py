@@ -40,6 +40,8 @@ MISTAKES = {
     "batch.micro=100": "batch.micro must divide batch.total (512); got 100. Set it to a divisor, such as 4.",
     "objectives.itm.group=48": "objectives.itm.group must divide batch.total (512)",
     "data.slots=7": "data.slots must divide batch.total (512); got 7. Set it to a divisor, such as 1, or null.",
+    "checkpoint.best=val_mim, objectives.mim.weight=0": "expected objectives.mim.weight above 0; got 0",
+    "checkpoint.best=val_loss, evaluation.every=0": "expected validation while training; got evaluation.every=0",
     # overrides
     "schedule.steps": "an override must be key.sub=value, such as schedule.steps=100; got 'schedule.steps'",
     "=3": "an override must be key.sub=value",
@@ -50,7 +52,7 @@ MISTAKES = {
 @pytest.mark.parametrize("override", MISTAKES)
 def test_a_mistake_gets_its_message(override: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load_config(None, [override])
+        load_config(None, override.split(", ") if ", " in override and "[" not in override else [override])
 
     parts = MISTAKES[override].split(".* ")
     assert all(part in str(error.value) for part in parts), str(error.value)

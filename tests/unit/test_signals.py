@@ -26,14 +26,11 @@ def test_a_signal_asks_and_does_not_interrupt(number: signal.Signals, capfd: pyt
 
 
 def test_a_second_ctrl_c_interrupts() -> None:
-    before = [signal.getsignal(each) for each in STOP_SIGNALS]
     with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # schedulers repeat themselves
         assert stop.name == "SIGTERM"
         os.kill(os.getpid(), signal.SIGINT)
-    for number, handler in zip(STOP_SIGNALS, before, strict=True):
-        signal.signal(number, handler)
 
 
 def test_the_mark_of_a_stop_is_left_and_removed(tmp_path: Path) -> None:
