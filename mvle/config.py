@@ -229,7 +229,7 @@ def _check_best(config: Config) -> Iterator[str]:
     objective = "itc" if best.startswith("val_r1_") else best.removeprefix("val_").removesuffix("_accuracy")
     if objective != "loss" and getattr(config.objectives, objective).weight == 0:
         yield (
-            f"checkpoint.best={best} expected objectives.{objective}.weight above 0; got 0, so that validation gives no "
+            f"checkpoint.best={best} expected objectives.{objective}.weight above 0; got 0: validation gives no "
             "such figure. Choose another, such as val_loss."
         )
 

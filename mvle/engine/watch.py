@@ -169,7 +169,7 @@ class Watch:
         """Notice what `_talk` cannot: a store that does not answer (its calls then wait for ever), or broke."""
         while not self._closing.wait(self.beat):
             # and what this thread cannot: an interpreter that stands still. Then C prints all stacks, and ends
-            faulthandler.dump_traceback_later(self.parallel.timeout + 5 * self.beat, exit=True, file=STDERR)
+            faulthandler.dump_traceback_later(self.parallel.timeout + 10 * self.beat, exit=True, file=STDERR)
             quiet = time.monotonic() - self._answered
             if self._verdict is None and (self._broken or quiet > self.parallel.timeout):
                 self._carry_out(self._store_verdict(self._broken or f"has not answered for {quiet:.0f} s"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mvle.config import Config, check_ranks
 from mvle.data.loader import Loader
 from mvle.data.plan import SamplingPlan
 from mvle.data.shards import ShardSet
-from mvle.data.tokenizer import all_captions, train_bpe
+from mvle.data.tokenizer import Tokenizer, all_captions, train_bpe
 from mvle.engine.build import Built, contrast_over_ranks
 from mvle.engine.optim import build_optimizer, clip_and_step
 from mvle.engine.parallel import Parallel
@@ -59,8 +60,7 @@ class Observed:
 
     def __init__(self, way: Way, shard: str, parallel: Parallel, dtype: torch.dtype) -> None:
         config = way.config(shard, parallel.ranks)
-        shards = ShardSet.open([shard])
-        tokenizer = train_bpe(all_captions(shards), config.tokenizer.vocabulary)
+        shards, tokenizer = data_of(shard, config.tokenizer.vocabulary)
         with torch.device("meta"):
             model = MaskVLM(config, tokenizer.vocabulary, tokenizer.mask_id).to(dtype)
         parallel.shard(model)
@@ -117,6 +117,12 @@ class Observed:
             "report": report,
             "grad": gradients,
         }
+
+
+@cache
+def data_of(shard: str, vocabulary: int) -> tuple[ShardSet, Tokenizer]:
+    shards = ShardSet.open([shard])
+    return shards, train_bpe(all_captions(shards), vocabulary)
 
 
 DRAW = itm.draw_negatives
@@ -213,8 +219,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         (1, [Way(accumulate=2), Way(accumulate=4, mode="drop")]),
         (2, [Way(), Way(accumulate=2), Way(mode="drop")]),
-        (3, [Way(), Way(accumulate=2)]),
-        (4, [Way(), Way(accumulate=3), Way(replicate=2), Way(accumulate=3, replicate=2, mode="drop")]),
+        (3, [Way(accumulate=2)]),
+        (4, [Way(), Way(accumulate=3), Way(replicate=2)]),
     ],
     ids=lambda v: str(v) if isinstance(v, int) else "",
 )

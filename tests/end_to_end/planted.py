@@ -6,7 +6,7 @@
     hang:RANK:STEP      the rank stops working in the middle of the step
     kill:RANK:STEP      kill -9 of the rank in the middle of the step (not again after a restart)
     term:RANK:STEP      SIGTERM to the rank in the middle of the step
-    full-disk:STEP      from that step on no file can grow
+    full-disk:STEP      from that step on no file can grow; a checkpoint is there by then
 
 The steps of hang, kill and term are counted from the start of the process.
 """
@@ -44,7 +44,7 @@ def plant(fault: str) -> None:
     elif kind == "nan-after":
         before_step(lambda self, step, batch: mark(batch, range(len(batch) * (step + 1 >= int(words[0])))))
     elif kind == "full-disk":
-        before_step(lambda self, step, batch: fill_disk() if step + 1 == int(words[0]) else None)
+        before_step(lambda self, step, batch: fill_disk(self) if step + 1 == int(words[0]) else None)
     elif int(words[0]) == RANK:
         TrainStep.backward = mid_step(kind, int(words[1]))  # type: ignore[method-assign]
     image_encoder.patchify = poisoned  # type: ignore[assignment]
@@ -79,7 +79,10 @@ def poisoned(images: Any, *arguments: Any) -> Any:
     return pixels
 
 
-def fill_disk() -> None:
+def fill_disk(train_step: TrainStep) -> None:
+    latest = Path(train_step.config.run.folder) / "checkpoints" / "latest"
+    while not latest.exists():  # one that is being saved in the background
+        time.sleep(0.01)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
