@@ -68,7 +68,7 @@ def describe_build(config: Config, parallel: Parallel, arithmetic: BatchArithmet
     blocks += ", blocks compiled" if config.kernels.compile else ""
     total = sum(built.parameters.values())
     parts = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in built.parameters.items())
-    average = f"; EMA {config.optim.ema}" if built.ema is not None else ""
+    average = f"; EMA {config.optim.ema}, which validation uses" if built.ema is not None else ""
     return (
         f"device      {device}; {dtype}; {sharding}; {blocks}\n"
         f"batch       {arithmetic}; one contrast over all of them\n"
