@@ -199,6 +199,8 @@ def cross_checks(config: Config) -> Iterator[str]:
     else:  # advice about a micro-batch that cannot stay would contradict the line above
         yield from _check_group(config, batch.micro or batch.total, "batch.micro" if batch.micro else "batch.total")
     yield from _check_best(config)
+    if (window := config.metrics.profile) is not None and window[1] > config.schedule.steps:
+        yield f"metrics.profile must end within schedule.steps ({config.schedule.steps}); got {list(window)}."
     if masking.cell % image.patch:
         yield (
             f"masking.cell must be a multiple of model.image.patch ({image.patch}); got {masking.cell}. "

@@ -1,7 +1,7 @@
 """Pre-train: `python -m mvle.train CONFIG [key=value …]`, or the same under torchrun for several ranks.
 
 CONFIG is a YAML file, or the name of a packaged recipe (tiny, flickr8k, base, large). Starting a command again goes on
-where its run stopped. --dry-run builds all, prints all, and makes one step on made-up data; it needs no data.
+where its run stopped. --dry-run builds all, prints all, and makes two steps on made-up data; it needs no data.
 
 Exit codes
      0   finished
@@ -31,7 +31,7 @@ USAGE = """usage: python -m mvle.train CONFIG [--dry-run] [key.sub=value ...]
        torchrun --nproc-per-node 8 -m mvle.train CONFIG [--dry-run] [key.sub=value ...]
 
 CONFIG is a YAML file or the name of a packaged recipe.
---dry-run builds all, prints all, and makes one step on made-up data.
+--dry-run builds all, prints all, and makes two steps on made-up data.
 
 Exit codes: 0 finished; 1 failed (a rank failed, hung or died); 2 the config or the data cannot be used;
 75 stopped by SIGTERM, SIGINT or SIGUSR1: saved, and the same command goes on.

@@ -89,6 +89,7 @@ class Metrics:
         self._extra: dict[str, Tensor] = {}
         self._applied: Tensor | None = None
         self._wait, self._steps, self._replaced, self._truncated = 0.0, 0, 0, 0
+        self._lr = math.nan  # of the newest step
         self._file: Any = None
         self._bar: Any = None
         if parallel.is_main:
@@ -141,6 +142,7 @@ class Metrics:
         self._replaced += replaced
         self._truncated += truncated
         self._steps += 1
+        self._lr = lr
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
         if step % self.config.every and step != self.steps:
@@ -151,6 +153,11 @@ class Metrics:
         """Values that come at some steps only: 0-d tensors that every rank has alike and nobody changes any more. The
         next row holds the last of each name; the host does not wait for them before."""
         self._extra.update(values)
+
+    def catch_up(self, step: int) -> None:
+        """Write a row now, of the steps since the last one, if there are any. All ranks must call it."""
+        if self._steps:
+            self._log(step, self._lr)
 
     def _log(self, step: int, lr: float) -> dict[str, Any]:
         device = self.parallel.device

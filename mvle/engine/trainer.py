@@ -59,13 +59,14 @@ class Trainer:
         self.build()
         start = self.resume(path)
         self.announce(start)
-        if start >= self.config.schedule.steps:
+        owed = self.owes_validation(start)
+        if start >= self.config.schedule.steps and not owed:
             self.parallel.say(f"run {self.folder.path} is finished ({start} steps); these are its figures:")
             self.parallel.say(self.last_validation())
             return True
         self.write_config()
         try:
-            return self.loop(start)
+            return self.loop(start, owed)
         except NotFiniteError:  # raised by all ranks in the same step: what is being saved can still be finished
             self.checkpoints.wait()
             raise
@@ -118,8 +119,18 @@ class Trainer:
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
-    def loop(self, start: int) -> bool:
-        """Steps start .. schedule.steps; returns whether the last one was reached."""
+    def owes_validation(self, step: int) -> bool:
+        """Whether the run was ended between the checkpoint of `step` and the validation that is due behind it."""
+        config, owed = self.config.evaluation, False
+        due = config.every and self.validation_shards is not None and step > 0
+        if due and self.parallel.is_main and (step % config.every == 0 or step == self.config.schedule.steps):
+            rows = read_rows(self.folder.metrics, "val") if self.folder.metrics.is_file() else []
+            owed = all(row["step"] != step for row in rows)
+        return self.parallel.vote(owed)
+
+    def loop(self, start: int, owed: bool = False) -> bool:
+        """Steps start .. schedule.steps, after a validation that an earlier process owed; returns whether the last one
+        was reached."""
         config, parallel, steps = self.config, self.parallel, self.config.schedule.steps
         validation = None
         if config.evaluation.every and self.validation_shards is not None:
@@ -139,6 +150,8 @@ class Trainer:
             self.loader(start) as loader,
             Profiler(config.metrics.profile, self.folder.profile, parallel, metrics) as profiler,
         ):
+            if owed and validation:
+                self.validate(validation, start, metrics, skips)
             batches = iter(loader)
             for step in range(start, steps):
                 done = step + 1
@@ -151,7 +164,7 @@ class Trainer:
                     parallel.shorten_timeouts()
                 if self.checkpoints.due(done) or done == steps or vote == STOP:
                     self.save(done, metrics, skips)
-                if validation and (done % config.evaluation.every == 0 or done == steps) and vote != STOP:
+                if validation and (done == steps or (done % config.evaluation.every == 0 and vote != STOP)):
                     self.validate(validation, done, metrics, skips)
                 if vote == STOP and done < steps:
                     self.stopped(done, metrics)
@@ -205,7 +218,9 @@ class Trainer:
         """A checkpoint of `step` steps done: tensors, and the one integer of data state."""
         self.watch.enter("saving", long=True)
         with metrics.paused():
-            skips.flush()  # a run that goes on from here does not see these steps again
+            # a run that goes on from here does not see these steps again
+            skips.flush()
+            metrics.catch_up(step)
             meta = self.identity | {"pairs_seen": step * self.config.batch.total}
             self.checkpoints.save(step, self.model, self.built.optimizer, meta, self.built.ema)
 

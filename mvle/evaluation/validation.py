@@ -35,7 +35,7 @@ class Validation:
         self.split = Split(config, shards, tokenizer, config.evaluation.pairs)
         itm = config.objectives.itm
         group = itm.group if itm.weight else 1
-        micro = min(config.batch.micro or config.batch.total, LARGEST_FORWARD, len(self.split))
+        micro = min(config.batch.total, LARGEST_FORWARD, len(self.split))  # not batch.micro, which may change
         self.forward_pairs = max(micro // group * group, group)
         if len(self.split) < group:
             raise SplitError(

@@ -42,6 +42,7 @@ MISTAKES = {
     "data.slots=7": "data.slots must divide batch.total (512); got 7. Set it to a divisor, such as 1, or null.",
     "checkpoint.best=val_mim, objectives.mim.weight=0": "expected objectives.mim.weight above 0; got 0",
     "checkpoint.best=val_loss, evaluation.every=0": "expected validation while training; got evaluation.every=0",
+    "metrics.profile=[100,2000]": "metrics.profile must end within schedule.steps (1000); got [100, 2000]",
     # overrides
     "schedule.steps": "an override must be key.sub=value, such as schedule.steps=100; got 'schedule.steps'",
     "=3": "an override must be key.sub=value",
