@@ -96,7 +96,7 @@ class SkipLog:
     def _look(self, noted: _Noted) -> None:
         if noted.copied is not None:
             noted.copied.synchronize()  # sync: with what the device did two steps ago
-        if not noted.flag.item():  # sync: none, the flag is on the host
+        if not noted.flag.item():  # sync: none on a GPU, where the flag is a host copy of two steps ago
             self._row.clear()
             return
         skip = self._record(noted)

@@ -87,15 +87,15 @@ def embed(
     for rows, mine in turns(list(split.chunks()), ranks):
         images = model.encode_images(split.batch(rows).images.to(device))
         if mine:
-            image_z[rows.start : rows.stop] = images.z.float().cpu()
+            image_z[rows.start : rows.stop] = images.z.float().cpu()  # sync: evaluation
         if keep_rows:
-            image_rows += [r.cpu() for r in images.rows.unpack()]
+            image_rows += [r.cpu() for r in images.rows.unpack()]  # sync: evaluation
     for part, mine in turns(slices(len(flat)), ranks):
         texts = model.encode_texts(split.text(flat[part]).to(device))
         if mine:
-            text_z[part] = texts.z.float().cpu()
+            text_z[part] = texts.z.float().cpu()  # sync: evaluation
         if keep_rows:
-            text_rows += [r.cpu() for r in texts.rows.unpack()]
+            text_rows += [r.cpu() for r in texts.rows.unpack()]  # sync: evaluation
     most = max(map(len, split.text_ids))
     return Embedded(
         # other ranks' rows are zeros here, so sums have each row to the bit
@@ -154,7 +154,7 @@ def match_pairs(
         texts, text_at = torch.unique(torch.tensor(text_index[part]), return_inverse=True)
         image_rows = Packed.of([found.image_rows[i] for i in images.tolist()]).to(device)
         text_rows = Packed.of([found.text_rows[i] for i in texts.tolist()]).to(device)
-        parts.append(model.match(image_rows, text_rows, image_at.to(device), text_at.to(device)).float().cpu())
+        parts.append(model.match(image_rows, text_rows, image_at.to(device), text_at.to(device)).float().cpu())  # sync
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
