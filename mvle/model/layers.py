@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from mvle_kernels import AttentionPlan, ragged_attention
 from torch import Tensor, nn
@@ -26,16 +27,39 @@ def attend(q_TD: Tensor, k_THE: Tensor, v_THE: Tensor, plan: AttentionPlan) -> T
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which rows of a packed buffer go on: `index` int64 [R] into it, `real` bool [R] or None where all are."""
+class Single:
+    """The sequences at the end of a buffer of which only the first row is read.
 
-    index: Tensor
-    real: Tensor | None
+    first, stop   their queries among the rows that are read
+    whole         rows of the buffer that hold the sequences before them (rounded up)
+    start         row of the buffer where their own begin
+    plan          H absorbed queries a sequence against its rows, as one head of width D
+    """
 
-    def of(self, x: Tensor) -> Tensor:
-        """The chosen rows of x, those of the tail zero."""
-        x = x.index_select(0, self.index)
-        return x if self.real is None else x * self.real[:, None]
+    first: int
+    stop: int
+    whole: int
+    start: int
+    plan: AttentionPlan
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What a cross block does in one step beside its weights.
+
+    self_plan   who attends to whom; None where every sequence is a single one
+    cross_plan  which context each sequence reads
+    spread      behind self-attention and the query of cross-attention, sequences are repeated (hard negatives share
+                both); None: they are not
+    rows        int64 [R], which rows of the result are read; None: all
+    single      the sequences of which only the first row is read; None: none, or none apart from the others
+    """
+
+    self_plan: AttentionPlan | None
+    cross_plan: AttentionPlan
+    spread: Callable[[Tensor], Tensor] | None = None
+    rows: Tensor | None = None
+    single: Single | None = None
 
 
 class Mlp(nn.Module):
@@ -59,17 +83,41 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def project(self, x: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, D] (of `rows` alone, if given), keys and values [T, H, E]."""
+        if rows is not None:
+            return self.query(x.index_select(0, rows)), *self.keys_values(x)
+        q, k, v = self.qkv(x).split(x.shape[1], 1)
+        return q, k.unflatten(1, (self.heads, -1)), v.unflatten(1, (self.heads, -1))
+
+    def query(self, x: Tensor) -> Tensor:
+        """Queries [T, D] of rows [T, D]."""
         width = x.shape[1]
-        if rows is None:
-            q, k, v = self.qkv(x).split(width, 1)
-        else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            k, v = F.linear(x, weight[width:], bias[width:]).split(width, 1)
-            q = F.linear(rows.of(x), weight[:width], bias[:width])
-        heads = (self.heads, width // self.heads)
-        return q, k.unflatten(1, heads), v.unflatten(1, heads)
+        return F.linear(x, self.qkv.weight[:width], self.qkv.bias[:width])
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [T, H, E] of rows [T, D]."""
+        width = x.shape[1]
+        k, v = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).split(width, 1)
+        return k.unflatten(1, (self.heads, -1)), v.unflatten(1, (self.heads, -1))
+
+    def absorb(self, q_SD: Tensor) -> Tensor:
+        """One query a sequence, [S, D] -> H rows that meet rows of x in the place of keys, [S * H, D].
+
+        q (W_k x + b_k) = (W_k^T q) x + a number that is the same for every x, which softmax does not see. Scaled by
+        sqrt(H), since attention divides by the root of D and not of D / H.
+        """
+        width = q_SD.shape[1]
+        key_HED = self.qkv.weight[width : 2 * width].unflatten(0, (self.heads, -1))
+        q_HSE = (q_SD * self.heads**0.5).unflatten(1, (self.heads, -1)).transpose(0, 1)
+        return torch.bmm(q_HSE, key_HED).transpose(0, 1).flatten(0, 1)
+
+    def values(self, read_TD: Tensor) -> Tensor:
+        """What absorbed queries have read, [S * H, 1, D] -> [S, D]: W_v mean(x) + b_v = mean(W_v x + b_v)."""
+        width = read_TD.shape[-1]
+        value_HED = self.qkv.weight[2 * width :].unflatten(0, (self.heads, -1))
+        read_HSD = read_TD.view(-1, self.heads, width).transpose(0, 1)
+        return torch.bmm(read_HSD, value_HED.transpose(1, 2)).transpose(0, 1).flatten(1) + self.qkv.bias[2 * width :]
 
 
 class CrossAttention(nn.Module):
@@ -152,7 +200,7 @@ class PostNormBlock(AttentionBlock):
 class CrossBlock(AttentionBlock):
     """Pre-norm block of a cross encoder or decoder: self-attention, cross-attention, feed-forward."""
 
-    DENSE = ("before", "between", "ask", "after")
+    DENSE = ("before", "between", "before_single", "between_single", "ask", "after")
 
     def __init__(self, width: int, heads: int, inner: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -163,31 +211,48 @@ class CrossBlock(AttentionBlock):
         self.norm3 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, inner)
 
-    def forward(
-        self,
-        x: Tensor,
-        self_plan: AttentionPlan,
-        kv: tuple[Tensor, Tensor],
-        cross_plan: AttentionPlan,
-        spread: Callable[[Tensor], Tensor] | None = None,
-        rows: Rows | None = None,
-    ) -> Tensor:
-        """x [T, D] -> [T', D]. spread: after self-attention, sequences are repeated (hard negatives share it).
-        rows: what is read of the result; with both, self-attention is whole and the rows are picked behind it."""
-        early = rows if spread is None else None
-        read = self.attend(*self.before(x, early), self_plan)
-        x = self.between(x if early is None else early.of(x), read)
-        if spread is not None:
-            x = spread(x)
-            if rows is not None:
-                x = rows.of(x)
-        return self.after(x, self.attend(self.ask(x), *kv, cross_plan))
+    def forward(self, x: Tensor, plan: BlockPlan, kv: tuple[Tensor, Tensor]) -> Tensor:
+        """x [T, D], keys and values of this block -> [T', D]: the rows that are read, of sequences as repeated."""
+        if plan.single is not None:
+            assert plan.rows is not None
+            x = self.attend_to_self(x, plan.self_plan, plan.rows, plan.single)
+        else:
+            assert plan.self_plan is not None
+            early = plan.rows if plan.spread is None else None
+            read = self.attend(*self.before(x, early), plan.self_plan)
+            x = self.between(x if early is None else x.index_select(0, early), read)
+        query = self.ask(x)
+        if plan.spread is not None:
+            x, query = plan.spread(x), plan.spread(query)
+            if plan.rows is not None:
+                x, query = x.index_select(0, plan.rows), query.index_select(0, plan.rows)
+        return self.after(x, self.attend(query, *kv, plan.cross_plan))
 
-    def before(self, x: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend_to_self(self, x: Tensor, plan: AttentionPlan | None, rows: Tensor, single: Single) -> Tensor:
+        """Self-attention where the sequences at the end ask with their first row alone: it needs neither keys nor
+        values of theirs, and one query of each."""
+        q, k, v, absorbed, h = self.before_single(x, rows, single.first, single.stop, single.whole, single.start)
+        read = q.new_zeros(q.shape) if plan is None else self.attend(q, k, v, plan).flatten(1)
+        alone = self.attend(absorbed, h, h, single.plan)
+        return self.between_single(x.index_select(0, rows), read, alone, single.first, single.stop)
+
+    def before(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return self.attn.project(self.norm1(x), rows)
 
     def between(self, x: Tensor, read: Tensor) -> Tensor:
         return x + self.attn.proj(read.flatten(1))
+
+    def before_single(
+        self, x: Tensor, rows: Tensor, first: int, stop: int, whole: int, start: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries of all rows that are read, keys and values of the sequences before the single ones; absorbed queries
+        and rows of those."""
+        h = self.norm1(x)
+        q = self.attn.query(h.index_select(0, rows))
+        return q, *self.attn.keys_values(h[:whole]), self.attn.absorb(q[first:stop]), h[start:].unsqueeze(1)
+
+    def between_single(self, x: Tensor, read: Tensor, alone: Tensor, first: int, stop: int) -> Tensor:
+        return x + self.attn.proj(read.slice_scatter(self.attn.values(alone), 0, first, stop))
 
     def ask(self, x: Tensor) -> Tensor:
         return self.cross.query(self.norm2(x))

@@ -200,7 +200,8 @@ class MaskVLM(nn.Module):
                 sources[s.name] = inserted[key]
             contexts = {s.name: step.views[s.context] for s in asked}
             module: Stage = getattr(self, stage)
-            rows |= module(plan_stage(asked, sources, contexts, self.row_multiple, len(module.blocks)))
+            heads = self.config.model.heads
+            rows |= module(plan_stage(asked, sources, contexts, self.row_multiple, len(module.blocks), heads))
         return rows
 
     def insert(self, rows: Packed, step: Step) -> Packed:

@@ -1,7 +1,7 @@
 """A cross stage (image cross encoder, text cross encoder, image decoder): every query set of a step in one pass.
 
-    x = distinct sources · x += SA(x) · x = sequences as the sets repeat them · x += CA(x) · x += FFN(x) · …
-    last block: queries = x[read], keys = all of x
+    x = distinct sources · x += SA(x), q = query(x) · x, q = as the sets repeat them · x += CA(q) · x += FFN(x) · …
+    last block: queries = x[read], keys = all of x; and where only a sequence's first row is read, none of x but itself
 
 `plan_stage` turns the sets into index tensors, once a step; `Stage` is the module and knows nothing of objectives.
 """
@@ -9,14 +9,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from mvle_kernels import AttentionPlan, Packed, attention_plan, concatenate, expand, expand_layout, row_index
 from torch import Tensor, nn
 
-from .layers import ContextProjection, CrossBlock, Rows
+from .layers import BlockPlan, ContextProjection, CrossBlock, Single
 from .queries import Draw, QuerySet
 
 
@@ -26,10 +26,7 @@ class StagePlan:
 
     sources: Packed
     contexts: Packed
-    spread: Callable[[Tensor], Tensor] | None
-    rows: Rows | None
-    self_plans: tuple[AttentionPlan, ...]  # of each block
-    cross_plans: tuple[AttentionPlan, ...]
+    blocks: tuple[BlockPlan, ...]
     outputs: tuple[tuple[str, Packed], ...]  # what each set gets back, in order
 
 
@@ -44,9 +41,12 @@ def plan_stage(
     contexts: Mapping[str, Packed],
     row_multiple: int,
     depth: int,
+    heads: int,
 ) -> StagePlan:
     """Lay out one stage. sources: each set's source (mask tokens inserted) by set name, the same object where shared;
-    contexts: by set name likewise. Sets whose sequences are drawn with unknown lengths must come last."""
+    contexts: by set name likewise. Sets whose sequences are drawn with unknown lengths can only read their first rows.
+    """
+    sets = sorted(sets, key=lambda s: s.read == "global")  # those last, and in the order in which they came
     own = _distinct([sources[s.name] for s in sets])
     read_from = _distinct([contexts[s.name] for s in sets])
     x = concatenate(own, row_multiple)
@@ -80,28 +80,69 @@ def plan_stage(
         rows, read = _rows_to_read(sets, set_layouts, queries, row_multiple)
     outputs = tuple((s.name, _output_layout(s, parts)) for s, parts in zip(sets, set_layouts, strict=True))
 
-    # 4) who attends to whom in each block: the first meets the distinct sources, the last asks for what is read alone
-    self_plans = [attention_plan(read if depth == 1 and rows is not None and spread is None else x, x)]
-    if depth > 2:
-        self_plans += [attention_plan(queries, queries)] * (depth - 2)
-    if depth > 1:
-        self_plans.append(attention_plan(read, queries))
-    cross_plans = [attention_plan(queries, context, kv_index)] * (depth - 1)
-    cross_plans.append(attention_plan(read, context, kv_index))
-    return StagePlan(x, context, spread, rows, tuple(self_plans), tuple(cross_plans), outputs)
+    # 4) each block: the first meets the distinct sources, the last asks for what is read alone
+    shared = spread is not None
+    among = attention_plan(queries, queries) if depth > 1 + shared or rows is None else None
+    across = attention_plan(queries, context, kv_index) if depth > 1 else None
+    at_the_end = attention_plan(read, context, kv_index) if rows is not None or depth == 1 else across
+    blocks = []
+    for i in range(depth):
+        last = i == depth - 1
+        self_plan, single = among, None
+        if i == 0 and shared:
+            self_plan = attention_plan(x, x)
+        elif last and rows is not None:
+            self_plan, single = _asked_at_the_end(sets, set_layouts, queries, read, row_multiple, heads)
+        cross_plan = at_the_end if last else across
+        assert cross_plan is not None
+        blocks.append(BlockPlan(self_plan, cross_plan, None if i else spread, rows if last else None, single))
+    return StagePlan(x, context, tuple(blocks), outputs)
+
+
+def _asked_at_the_end(
+    sets: Sequence[QuerySet],
+    set_layouts: Sequence[Sequence[Packed]],
+    queries: Packed,
+    read: Packed,
+    row_multiple: int,
+    heads: int,
+) -> tuple[AttentionPlan | None, Single | None]:
+    """Self-attention of a last block whose sets do not read everything: of the sets that read more than first rows, and
+    of those that do not (they come last)."""
+    before = [layout for s, parts in zip(sets, set_layouts, strict=True) if s.read != "global" for layout in parts]
+    others = sum(layout.sequences for layout in before)
+    if others == queries.sequences:
+        return attention_plan(read, queries), None
+    device = queries.offsets.device
+    lengths = [n for layout in before for n in layout.lengths or ()]
+    start, sequences = sum(lengths), queries.sequences - others
+    whole = Packed.layout_of(lengths, row_multiple, device)
+    asked = replace(Packed.layout_of((read.lengths or ())[:others], 1, device), total=read.total)
+    theirs = Packed(
+        queries.rows[:0],
+        queries.offsets[others:] - start,
+        None if queries.lengths is None else queries.lengths[others:],
+        queries.max_length,
+        queries.total - start,
+    )
+    absorbed = Packed.layout_of([heads] * sequences, 1, device)
+    first = sum(asked.lengths or ())
+    single = Single(first, first + sequences, whole.total, start, attention_plan(absorbed, theirs))
+    return attention_plan(asked, whole) if others else None, single
 
 
 def _rows_to_read(
     sets: Sequence[QuerySet], set_layouts: Sequence[Sequence[Packed]], queries: Packed, row_multiple: int
-) -> tuple[Rows, Packed]:
-    """The rows of the query buffer that any set reads, and their layout: one sequence for each query sequence."""
+) -> tuple[Tensor, Packed]:
+    """The rows of the query buffer that any set reads, int64, and their layout: one sequence for each query sequence.
+    The tail repeats row 0: nobody reads it, and so no gradient comes from it."""
     got = [_read_positions(s, layout) for s, parts in zip(sets, set_layouts, strict=True) for layout in parts]
     lengths = [n for one, _ in got for n in one]
     read = Packed.layout_of(lengths, row_multiple, queries.offsets.device)
     sequence, _, real = row_index(read)
     positions = torch.cat([*(p for _, p in got), got[0][1].new_zeros(read.total - sum(lengths))])
     start = queries.offsets.long()[sequence.clamp(max=max(queries.sequences - 1, 0))]
-    return Rows((start + positions) * real, real if sum(lengths) < read.total else None), read
+    return (start + positions) * real, read
 
 
 def _output_layout(s: QuerySet, parts: Sequence[Packed]) -> Packed:
@@ -179,16 +220,8 @@ class Stage(nn.Module):
         """The rows that each set reads, by set name."""
         x = plan.sources.rows
         keys_values = self.context.split(self.context(plan.contexts.rows))
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            x = block(
-                x,
-                plan.self_plans[i],
-                keys_values[i],
-                plan.cross_plans[i],
-                plan.spread if i == 0 else None,
-                plan.rows if i == last else None,
-            )
+        for block, block_plan, kv in zip(self.blocks, plan.blocks, keys_values, strict=True):
+            x = block(x, block_plan, kv)
         x = self.norm(x)
         counts = [sum(layout.lengths or ()) for _, layout in plan.outputs]
         parts = x.split([*counts, len(x) - sum(counts)])
