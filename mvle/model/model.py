@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -178,14 +178,14 @@ class MaskVLM(nn.Module):
             tokens = {View.TEXT_CLEAN: step.batch.text, View.TEXT_MASKED: step.choices.tokens}
             packed = self.text_encoder(concatenate([tokens[v] for v in texts], self.row_multiple))  # type: ignore
             step.views |= zip(texts, split_sequences(packed, len(texts)), strict=True)
-        if self.contrasts and {View.IMAGE_CLEAN, View.TEXT_CLEAN} <= wanted:
+        if self.contrasts and {View.IMAGE_CLEAN, View.TEXT_CLEAN} <= step.views.keys():
             step.image_z = self.heads.embed(step.views[View.IMAGE_CLEAN], self.heads.image_projection)
             step.text_z = self.heads.embed(step.views[View.TEXT_CLEAN], self.heads.text_projection)
             step.temperature = self.heads.temperature()
 
-    def ask(self, step: Step, sets: Sequence[QuerySet]) -> dict[str, Packed]:
-        """Put the query sets to the cross stages, each stage once; rows by set name."""
-        rows: dict[str, Packed] = {}
+    def ask(self, step: Step, sets: Sequence[QuerySet], known: Mapping[str, Packed] | None = None) -> dict[str, Packed]:
+        """Put the query sets to the cross stages, each stage once; rows by set name, with those already `known`."""
+        rows: dict[str, Packed] = dict(known or {})
         for stage in STAGES:
             asked = [s for s in sets if s.stage == stage]
             if not asked:
