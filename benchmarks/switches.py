@@ -260,12 +260,8 @@ SWITCHES: dict[str, Switch] = {
         Switch("both views in one call", "an encoder call a view", CallForEachView),
         Switch("all questions in one call", "a call of a cross stage for each objective", CallForEachSet),
         Switch("masked rows only in the heads", "pixel and word head at every row", HeadsOnEveryRow),
-        Switch(
-            "last blocks only where read", "last blocks compute every row, and nothing is absorbed", LastBlocksWhole
-        ),
-        Switch(
-            "keys and values once a pair", "a context's anew for each sequence that reads it", ContextForEachSequence
-        ),
+        Switch("last blocks only where read", "every row of last blocks, nothing absorbed", LastBlocksWhole),
+        Switch("keys and values once a pair", "anew for each sequence that reads them", ContextForEachSequence),
         Switch("keys and values in one product", "a product for each block", ProductForEachBlock),
         Switch(
             "ITM's first self-attention shared",
