@@ -7,65 +7,36 @@ two graphs agree to the last bits only, and a draw must not hang on those.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
-from mvle_kernels import AttentionPlan, Packed, use_backend
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from mvle_kernels import AttentionPlan, Packed, expand, use_backend
 from torch import Tensor
 
-from benchmarks.peers.plain import Negatives, plain_losses
-from mvle.data.batch import Batch
-from mvle.model import image_encoder, stage
+from benchmarks.peers.plain import plain_losses
+from mvle.model import image_encoder, layers, stage
 from mvle.model import model as model_file
-from mvle.model.model import MaskVLM
 from mvle.model.queries import Draw
-from mvle.model.step import Choices, Step
+from mvle.model.step import Step
 from mvle.objectives import itm, mim, mlm
-from mvle.objectives.itm import draw_negatives
 
+from ..agreement import MODES, SEED, assert_agrees, draw_case, negatives_of
 from ..helpers import NAMES, make_batch, make_config, make_model
 
-MODES = (("replace", "cross"), ("drop", "cross"), ("drop", "decoder"))
 RATIOS = (0.6, 0.7, 0.05, 1.0, 0.5, 0.6, 0.9, 1.0)
-SEED = 3
 
 
-def negatives_of(model: MaskVLM, batch: Batch) -> Negatives:
-    """The hard negatives that the model draws for this batch."""
-    step = Step(batch, SEED, model.row_multiple, Choices())
-    with torch.no_grad():
-        model.encode(step, frozenset().union(*(o.views() for o in model.objectives if o.name in ("itc", "itm"))))
-    image, text, valid = draw_negatives(step, model.config.objectives.itm.group)
-    return image.index, text.index, valid
-
-
-def assert_agrees(model: MaskVLM, batch: Batch, negatives: Negatives | None = None) -> None:
-    """Losses to 1e-10 of their value; each gradient to 1e-9 of max(its norm, 1e-4 of the whole gradient's norm)."""
-    kinds = model.config.objectives
-    if kinds.itm.weight and negatives is None:
-        negatives = negatives_of(model, batch)
-    plain = plain_losses(model, batch, SEED, negatives)
-    expected = gradients(model, sum(getattr(kinds, name).weight * loss for name, loss in plain.items()))
-    losses = model(batch, SEED, model.counts(batch))
-    got = gradients(model, losses.total)
-    assert {n for n in NAMES if n in losses.report} == set(plain)
-    for name, loss in plain.items():
-        assert losses.report[name].dtype == torch.float64
-        assert abs(losses.report[name] - loss) <= 1e-10 * abs(loss), f"{name}: {losses.report[name]} is not {loss}"
-    whole = torch.stack([g.norm() for g in expected.values()]).norm()
-    assert whole > 0
-    for name, gradient in expected.items():
-        bound = 1e-9 * max(gradient.norm(), 1e-4 * whole)
-        error = (got[name] - gradient).norm()
-        assert error <= bound, f"gradient of {name} differs by {error:.2e}, allowed {bound:.2e}"
-
-
-def gradients(model: MaskVLM, total: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    total.backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_step_agrees(data: st.DataObject) -> None:
+    case = draw_case(lambda options: data.draw(st.sampled_from(options)))
+    note(str(case))
+    assert_agrees(*case.made())
 
 
 @pytest.mark.parametrize(("cross_depth", "decoder_depth"), [(1, 1), (2, 2), (3, 1)])
@@ -179,9 +150,53 @@ def forget_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_encoder, "embed_views", broken)
 
 
+def swap_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = model_file.split_sequences
+    monkeypatch.setattr(model_file, "split_sequences", lambda packed, parts: split(packed, parts)[::-1])
+
+
+def swap_blocks_of_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = layers.ContextProjection.split
+    monkeypatch.setattr(layers.ContextProjection, "split", lambda self, kv: split(self, kv)[::-1])
+
+
+def repeat_other_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(rows: Packed, index: Tensor, layout: Packed) -> Packed:
+        found = expand(rows, index, layout)
+        return found.with_rows(found.rows.roll(1, 0))
+
+    monkeypatch.setattr(stage, "expand", broken)
+
+
+def absorb_other_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    absorb = layers.SelfAttention.absorb
+    monkeypatch.setattr(layers.SelfAttention, "absorb", lambda self, q: absorb(self, q.roll(1, 0)))
+
+
+def give_values_to_other_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = layers.SelfAttention.values
+    monkeypatch.setattr(layers.SelfAttention, "values", lambda self, read: values(self, read.roll(1, 0)))
+
+
+def shift_rows_of_single_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = stage._asked_at_the_end
+
+    def broken(*arguments: Any) -> Any:
+        others, single = plan(*arguments)
+        return others, single and replace(single, first=single.first - 1, stop=single.stop - 1)
+
+    monkeypatch.setattr(stage, "_asked_at_the_end", broken)
+
+
 @pytest.mark.parametrize(
     ("breakage", "mode"),
     [
+        (swap_views, "replace"),
+        (swap_blocks_of_a_context, "replace"),
+        (repeat_other_sequences, "replace"),
+        (absorb_other_queries, "replace"),
+        (give_values_to_other_heads, "replace"),
+        (shift_rows_of_single_sequences, "drop"),
         (shift_contexts, "replace"),
         (shift_reads, "replace"),
         (shift_predicted_patches, "replace"),
