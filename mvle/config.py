@@ -85,6 +85,11 @@ class Config(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def approximations(self) -> list[str]:
+        """What makes the steps something else than the paper's, a line each; none: they are exact."""
+        return [line for section in (self.masking,) if (line := section.approximation)]
+
     def to_dict(self) -> dict[str, Any]:
         """The resolved config as plain dicts, lists, numbers and strings, which JSON has too."""
         return self.model_dump(mode="json")
@@ -215,6 +220,12 @@ def cross_checks(config: Config) -> Iterator[str]:
         yield (
             "masking.insert=decoder expected masking.mode=drop, where mask tokens enter after the encoder; got "
             f"masking.mode={masking.mode}. Set masking.mode=drop or masking.insert=cross."
+        )
+    kinds = config.objectives
+    if masking.clean_keep < 1 and not (kinds.mlm.weight or kinds.itc.weight or kinds.itm.weight):
+        yield (
+            f"masking.clean_keep={masking.clean_keep:g} expected a loss that reads whole images (mlm, itc or itm); got "
+            "weight 0 for each, so there is nothing to shorten. Set masking.clean_keep=1."
         )
 
 

@@ -109,6 +109,8 @@ def facts(
         ("trained on", " ".join(config.data.train or ())),
         ("shown here", f"{' '.join(patterns)} ({shards.images:,} images)"),
     ]
+    if config.approximations:
+        out.append(("approximations", "; ".join(config.approximations)))
     speeds = [row["pairs/s"] for row in rows if row["kind"] == "train" and row.get("pairs/s")]
     if speeds:
         out.append(("speed", f"{sorted(speeds)[len(speeds) // 2]:,.0f} pairs/s (median)"))

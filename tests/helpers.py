@@ -42,6 +42,7 @@ def make_config(
     kind: str = "l1",
     per_patch: bool = False,
     text_ratio: float = 0.3,
+    clean_keep: float = 1.0,
 ) -> ModelSections:
     """Width 32, two heads, 64 px images of 16 patches; weights in the order mim, mlm, itc, itm."""
     mim, mlm, itc, itm = weights
@@ -58,7 +59,9 @@ def make_config(
                 "projection": 16,
             }
         ),
-        MaskingConfig.model_validate({"mode": mode, "insert": insert, "cell": cell, "text_ratio": text_ratio}),
+        MaskingConfig.model_validate(
+            {"mode": mode, "insert": insert, "cell": cell, "text_ratio": text_ratio, "clean_keep": clean_keep}
+        ),
         ObjectivesConfig.model_validate(
             {
                 "mim": {"weight": mim, "kind": kind, "per_patch": per_patch},

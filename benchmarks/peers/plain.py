@@ -18,6 +18,8 @@ torch alone; only the random choices (masks, hard negatives) come from the model
 Mask modes. `replace`: a masked patch is a learned token with its position before E_i. `drop`: E_i reads the visible
 patches alone, and mask tokens enter before G_i (`masking.insert` cross) or between G_i and D (decoder).
 
+With `masking.clean_keep` below 1, an approximation, E_i(I) reads some of the patches of I alone while the model trains.
+
     losses = plain_losses(model, batch, seed)              dict of 0-d means, ready for backward
     Plain(model).losses(plain_inputs(model, batch, seed))  the same in two parts: a benchmark times the second
 """
@@ -33,7 +35,7 @@ from torch import Tensor
 
 from mvle.data.batch import Batch
 from mvle.model.model import MaskVLM
-from mvle.model.step import Choices, Step, choose_image_masks, choose_token_masks
+from mvle.model.step import Choices, Step, choose_clean_patches, choose_image_masks, choose_token_masks
 from mvle.objectives.itm import draw_negatives
 
 Negatives = tuple[Tensor, Tensor, Tensor]
@@ -41,7 +43,8 @@ Negatives = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class PlainInputs:
-    """One batch, padded, with its masks: what every plain pass reads. Masks are True where masked."""
+    """One batch, padded, with its masks: what every plain pass reads. Masks are True where masked; clean_left_out_BN is
+    True where the clean image goes without a patch, None where it is whole."""
 
     batch: Batch
     seed: int
@@ -50,6 +53,7 @@ class PlainInputs:
     masked_tokens_BL: Tensor | None
     token_masked_BL: Tensor | None
     patch_masked_BN: Tensor | None
+    clean_left_out_BN: Tensor | None = None
 
 
 def plain_inputs(model: MaskVLM, batch: Batch, seed: int, length: int | None = None) -> PlainInputs:
@@ -57,7 +61,7 @@ def plain_inputs(model: MaskVLM, batch: Batch, seed: int, length: int | None = N
     config = model.config
     kinds = config.objectives
     tokens_BL, real_BL = padded(batch.text.unpack(), length)
-    patch_masked_BN = masked_tokens_BL = token_masked_BL = None
+    patch_masked_BN = masked_tokens_BL = token_masked_BL = clean_left_out_BN = None
     if kinds.mim.weight:
         _, masked = choose_image_masks(batch, seed, config.masking, config.model.image, 1)
         patch_masked_BN = torch.zeros(len(batch), patches_of(model), dtype=torch.bool, device=batch.images.device)
@@ -69,7 +73,14 @@ def plain_inputs(model: MaskVLM, batch: Batch, seed: int, length: int | None = N
         token_masked_BL = torch.zeros_like(real_BL)
         for b, positions in enumerate(within.unpack()):
             token_masked_BL[b, positions.long()] = True
-    return PlainInputs(batch, seed, tokens_BL, real_BL, masked_tokens_BL, token_masked_BL, patch_masked_BN)
+    if config.masking.clean_keep < 1 and model.training:
+        shown = choose_clean_patches(batch, seed, config.masking, config.model.image, 1)
+        clean_left_out_BN = torch.ones(len(batch), patches_of(model), dtype=torch.bool, device=batch.images.device)
+        for b, patches in enumerate(shown.unpack()):
+            clean_left_out_BN[b, patches.long()] = False
+    return PlainInputs(
+        batch, seed, tokens_BL, real_BL, masked_tokens_BL, token_masked_BL, patch_masked_BN, clean_left_out_BN
+    )
 
 
 def plain_losses(model: MaskVLM, batch: Batch, seed: int, negatives: Negatives | None = None) -> dict[str, Tensor]:
@@ -142,18 +153,23 @@ class Plain:
         x = (x - x.new_tensor(image.mean)) / x.new_tensor(image.std)
         return x.reshape(B, rows, p, columns, p, 3).permute(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, p * p * 3)
 
-    def image_encoder(self, images: Tensor, masked_BN: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(rows [B, 1 + N, D], None), or in drop mode (rows [B, 1 + V, D] of the visible patches, which are real)."""
+    def image_encoder(
+        self, images: Tensor, masked_BN: Tensor | None = None, left_out_BN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(rows [B, 1 + N, D], None), or where patches are left out, which drop mode does with masked ones, (rows
+        [B, 1 + V, D] of the others, which are real)."""
         w, name = self.weights, "image_encoder"
         x = self.linear(f"{name}.patch_embed", self.pixels(images)) + w[f"{name}.positions"][1:]
         real = None
         if masked_BN is not None and self.config.masking.mode == "replace":
             x = torch.where(masked_BN[..., None], w[f"{name}.mask_token"] + w[f"{name}.positions"][1:], x)
         elif masked_BN is not None:
-            visible = (~masked_BN).sum(1)
+            left_out_BN = masked_BN
+        if left_out_BN is not None:
+            visible = (~left_out_BN).sum(1)
             real = torch.arange(int(visible.max()), device=x.device) < visible[:, None]
             left = x.new_zeros(*real.shape, x.shape[-1])
-            left[real] = x[~masked_BN]
+            left[real] = x[~left_out_BN]
             x, real = left, F.pad(real, (1, 0), value=True)
         first = (w[f"{name}.class_token"] + w[f"{name}.positions"][0]).expand(len(x), 1, -1)
         x = torch.cat([first, x], 1)
@@ -265,7 +281,7 @@ class Plain:
             losses["mim"] = self.mim(inputs, text)
         if not (kinds.mlm.weight or kinds.itc.weight or kinds.itm.weight):
             return losses
-        image, _ = self.image_encoder(batch.images)
+        image, _ = self.image_encoder(batch.images, None, inputs.clean_left_out_BN)  # equally many rows, all real
         if kinds.mlm.weight:
             losses["mlm"] = self.mlm(inputs, image)
         step = Step(batch, inputs.seed, 1, Choices())

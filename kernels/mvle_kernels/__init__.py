@@ -9,7 +9,7 @@ from .attention import AttentionPlan, attention_plan, ragged_attention
 from .contrastive_loss import contrastive_loss
 from .dispatch import explain, set_backend, use_backend
 from .packed import Packed, concatenate, round_up, row_index
-from .patches import embed_views, expand, expand_layout, insert_mask_tokens, mask_of, patchify
+from .patches import PatchView, embed_views, expand, expand_layout, insert_mask_tokens, mask_of, patchify
 from .pixel_loss import masked_pixel_loss
 from .random import (
     Stream,
@@ -27,6 +27,7 @@ from .token_loss import masked_token_loss
 __all__ = [
     "AttentionPlan",
     "Packed",
+    "PatchView",
     "Stream",
     "attention_plan",
     "concatenate",

@@ -27,6 +27,8 @@ PATCHIFY = Op("patchify")
 EMBED_VIEWS = Op("embed_views")
 EXPAND = Op("expand")
 
+PatchView = str | Packed  # a view of an image by name, or the patches that it shows
+
 
 # ---- patchify -------------------------------------------------------------------------------------------------------
 
@@ -92,7 +94,7 @@ def _embed_views_dense(
     mask_token: Tensor,
     keep: Packed | None,
     masked: Packed | None,
-    views: Sequence[str],
+    views: Sequence[PatchView],
     row_multiple: int,
 ) -> Packed:
     B, N, D = x_BND.shape
@@ -101,12 +103,13 @@ def _embed_views_dense(
     device = x_BND.device
     parts = []
     for view in views:
-        if view == "drop":
-            assert keep is not None and keep.lengths is not None
-            layout = Packed.layout_of([n + 1 for n in keep.lengths], 1, device, N + 1)
+        shown = keep if view == "drop" else view
+        if isinstance(shown, Packed):
+            assert shown.lengths is not None
+            layout = Packed.layout_of([n + 1 for n in shown.lengths], 1, device, N + 1)
             sequence, position, _ = row_index(layout)
-            kept = keep.offsets.long()[sequence] + (position - 1).clamp(min=0)
-            patch = keep.rows.long()[kept.clamp(max=max(keep.total - 1, 0))] if keep.total else kept * 0
+            kept = shown.offsets.long()[sequence] + (position - 1).clamp(min=0)
+            patch = shown.rows.long()[kept.clamp(max=max(shown.total - 1, 0))] if shown.total else kept * 0
             column = torch.where(position == 0, 0, patch + 1)
             whole = torch.cat([first_B1D, x_BND], 1).flatten(0, 1)
             parts.append(layout.with_rows(whole.index_select(0, sequence * (N + 1) + column)))
@@ -128,7 +131,7 @@ def _embed_views_reference(
     mask_token: Tensor,
     keep: Packed | None,
     masked: Packed | None,
-    views: Sequence[str],
+    views: Sequence[PatchView],
     row_multiple: int,
 ) -> Packed:
     sequences = []
@@ -140,9 +143,9 @@ def _embed_views_reference(
                 for n in masked.unpack()[b].tolist():
                     rows[n] = mask_token
             chosen: Sequence[int] = range(len(rows))
-            if view == "drop":
-                assert keep is not None
-                chosen = keep.unpack()[b].tolist()
+            shown = keep if view == "drop" else view
+            if isinstance(shown, Packed):
+                chosen = shown.unpack()[b].tolist()
             sequences.append(torch.stack([class_token + positions[0]] + [rows[n] + positions[n + 1] for n in chosen]))
     return Packed.of(sequences, row_multiple)
 
@@ -154,20 +157,24 @@ def embed_views(
     mask_token: Tensor,
     keep: Packed | None,
     masked: Packed | None,
-    views: Sequence[str],
+    views: Sequence[PatchView],
     row_multiple: int = 1,
 ) -> Packed:
     """Patch embeddings x [B, N, D] -> Packed: for each view in order, for each image: class token, then its patches.
 
-    views: "clean" (all N), "replace" (all N, masked ones become mask_token [D]) or "drop" (the kept ones only).
-    positions [N + 1, D], row 0 for the class token [D], are added last. keep, masked: Packed int32 as
-    `sample_patch_mask` gives them; None where no view needs them. Raises ValueError for an unknown view or a missing
-    mask.
+    views: "clean" (all N), "replace" (all N, masked ones become mask_token [D]), "drop" (the kept ones only), or a
+    Packed of its own with the patches to show. positions [N + 1, D], row 0 for the class token [D], are added last.
+    keep, masked: Packed int32 as `sample_patch_mask` gives them; None where no view needs them. Raises ValueError for
+    an unknown view or a missing mask.
     """
     for view in views:
+        if isinstance(view, Packed):
+            continue
         needs = {"clean": True, "replace": masked is not None, "drop": keep is not None}
         if not needs.get(view, False):
-            raise ValueError(f"views must be clean, replace (needs masked) or drop (needs keep); got {view!r}.")
+            raise ValueError(
+                f"views must be clean, replace (needs masked), drop (needs keep) or Packed patches; got {view!r}."
+            )
     return EMBED_VIEWS(x_BND, positions, class_token, mask_token, keep, masked, views, row_multiple)
 
 

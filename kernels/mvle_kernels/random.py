@@ -47,6 +47,7 @@ class Stream(IntEnum):
     NEGATIVE_TEXT = 12
     EVALUATION = 13
     INITIAL_WEIGHTS = 14
+    CLEAN_PATCHES = 15
 
 
 def philox(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
@@ -113,12 +114,14 @@ def sample_patch_mask(
     cell: int,
     counts: Sequence[int],
     row_multiple: int = 1,
+    stream: int = Stream.PATCH_MASK,
 ) -> tuple[Packed, Packed]:
     """Which patches of each image stay visible and which are masked, in square cells chosen uniformly.
 
     pair_ids int64 [B]; grid = (rows, columns) of patches; cell = patches along a cell's side (it must divide the
-    grid); counts = masked *cells* of each pair, known on the host. Returns (keep, masked): Packed int32, ascending
-    patch numbers 0..N-1, with lengths on the host. Rows of the tail are zero.
+    grid); counts = masked *cells* of each pair, known on the host; stream: what the draw is for, a masked view or the
+    patches that a clean one goes without (CLEAN_PATCHES). Returns (keep, masked): Packed int32, ascending patch numbers
+    0..N-1, with lengths on the host. Rows of the tail are zero.
     Raises ValueError for a cell that does not divide the grid or a count outside 0..cells.
     """
     height, width = grid
@@ -131,7 +134,7 @@ def sample_patch_mask(
             f"got {tuple(counts)}."
         )
     device = pair_ids.device
-    noise = words(seed, Stream.PATCH_MASK, pair_ids, cells)
+    noise = words(seed, stream, pair_ids, cells)
     rank = torch.argsort(torch.argsort(noise, dim=1, stable=True), dim=1)
     wanted = torch.tensor(counts, device=device).unsqueeze(1)
     masked_BN = (

@@ -75,4 +75,5 @@ def describe_build(config: Config, parallel: Parallel, arithmetic: BatchArithmet
         f"parameters  {total / 1e6:.2f}M: {parts}{average}\n"
         f"masking     {config.masking.mode}: {config.masking.image_ratio} of {config.masking.cell}-pixel cells, "
         f"{config.masking.text_ratio} of a caption's tokens\n"
+        + "".join(f"approximate {line}\n" for line in config.approximations)
     )

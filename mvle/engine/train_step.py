@@ -94,7 +94,8 @@ class TrainStep:
         if len(pieces) == 1 or not self.model.contrasts:
             return [None] * len(pieces)
         self.enter("contrast over the whole batch")
-        return [*self.model.contrast_parts(batch, [self.model.contrast_embeddings(piece) for piece in pieces])]
+        seed = self.config.run.seed
+        return [*self.model.contrast_parts(batch, [self.model.contrast_embeddings(p, seed) for p in pieces])]
 
     def backward(
         self,

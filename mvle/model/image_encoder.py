@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from mvle_kernels import Packed, attention_plan, embed_views, patchify
+from mvle_kernels import Packed, PatchView, attention_plan, embed_views, patchify
 from torch import Tensor, nn
 
 from .config import ModelConfig
@@ -28,7 +28,7 @@ class ImageEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, config.heads, inner) for _ in range(image.depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, images: Tensor, keep: Packed | None, masked: Packed | None, views: Sequence[str]) -> Packed:
+    def forward(self, images: Tensor, keep: Packed | None, masked: Packed | None, views: Sequence[PatchView]) -> Packed:
         """images uint8 [B, size, size, 3]; views as `embed_views` takes them -> Packed [T, D], views end to end."""
         image = self.config
         pixels = patchify(images, image.patch, image.mean, image.std, self.patch_embed.weight.dtype)

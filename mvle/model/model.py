@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from mvle_kernels import Packed, Stream, concatenate, insert_mask_tokens, patchify, words
+from mvle_kernels import Packed, PatchView, Stream, concatenate, insert_mask_tokens, patchify, words
 from torch import Tensor, nn
 
 from ..data.batch import Batch
@@ -29,7 +29,7 @@ from .heads import Heads, Temperature
 from .image_encoder import ImageEncoder
 from .queries import Draw, QuerySet, StageName, View
 from .stage import Stage, plan_stage
-from .step import Choices, Step, choose_image_masks, choose_token_masks
+from .step import Choices, Step, choose_clean_patches, choose_image_masks, choose_token_masks
 from .text_encoder import TextEncoder
 
 if TYPE_CHECKING:
@@ -111,11 +111,12 @@ class MaskVLM(nn.Module):
         return any(isinstance(o, Itc) for o in self.objectives)
 
     @torch.no_grad()
-    def contrast_embeddings(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def contrast_embeddings(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """(image_z, text_z), each of unit length [B, d], and the temperature [1], without a graph: what the contrastive
-        loss of a batch in several micro-batches is taken over before their forwards."""
+        loss of a batch in several micro-batches is taken over before their forwards. seed: the run's."""
         heads = self.heads
-        images = self.image_encoder(batch.images, None, None, ["clean"])
+        seen = self.choose(batch, seed, frozenset({View.IMAGE_CLEAN})).clean
+        images = self.image_encoder(batch.images, None, None, ["clean" if seen is None else seen])
         image_z = heads.embed(images, heads.image_projection)
         text_z = heads.embed(self.text_encoder(batch.text), heads.text_projection)
         return image_z, text_z, heads.temperature()
@@ -154,23 +155,26 @@ class MaskVLM(nn.Module):
         return Losses(total, report, state, broken_pairs(step))
 
     def choose(self, batch: Batch, seed: int, wanted: frozenset[View]) -> Choices:
-        """The masks of the sides that some objective wants masked."""
+        """The masks of the sides that some objective wants masked, and in training what a clean image goes without."""
         masking, image = self.config.masking, self.config.model.image
-        keep = masked = tokens = positions = read = targets = None
+        keep = masked = tokens = positions = read = targets = clean = None
         if View.IMAGE_MASKED in wanted:
             keep, masked = choose_image_masks(batch, seed, masking, image, self.row_multiple)
         if View.TEXT_MASKED in wanted:
             tokens, positions, read, targets = choose_token_masks(
                 batch, seed, masking, self.mask_id, self.vocabulary, self.row_multiple
             )
-        return Choices(keep, masked, tokens, positions, read, targets)
+        if View.IMAGE_CLEAN in wanted and self.training and masking.clean_keep < 1:
+            clean = choose_clean_patches(batch, seed, masking, image, self.row_multiple)
+        return Choices(keep, masked, tokens, positions, read, targets, clean)
 
     def encode(self, step: Step, wanted: frozenset[View]) -> None:
         """Encode the wanted views, each encoder in one call, and project the globals where both sides are whole."""
         images = [v for v in (View.IMAGE_CLEAN, View.IMAGE_MASKED) if v in wanted]
         if images:
-            kinds = {View.IMAGE_CLEAN: "clean", View.IMAGE_MASKED: self.config.masking.mode}
             choices = step.choices
+            clean: PatchView = "clean" if choices.clean is None else choices.clean
+            kinds = {View.IMAGE_CLEAN: clean, View.IMAGE_MASKED: self.config.masking.mode}
             packed = self.image_encoder(step.batch.images, choices.keep, choices.masked, [kinds[v] for v in images])
             step.views |= zip(images, split_sequences(packed, len(images)), strict=True)
         texts = [v for v in (View.TEXT_CLEAN, View.TEXT_MASKED) if v in wanted]

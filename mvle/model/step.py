@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from mvle_kernels import Packed, exact_count, pack_patch_mask, row_index, sample_patch_mask, sample_token_mask
+from mvle_kernels import Packed, Stream, exact_count, pack_patch_mask, row_index, sample_patch_mask, sample_token_mask
 from torch import Tensor
 
 from ..data.batch import Batch
@@ -28,6 +28,7 @@ class Choices:
     positions: Packed | None = None  # rows of `tokens` that are masked
     read: Packed | None = None  # the same as positions in each caption
     targets: Tensor | None = None
+    clean: Packed | None = None  # patches that the clean image view shows; None: all
 
 
 @dataclass(eq=False)
@@ -49,6 +50,19 @@ class Step:
 def masked_cells(ratio: float, masking: MaskingConfig, image: ImageEncoderConfig) -> int:
     """How many cells of an image a ratio masks: ceil(ratio * cells)."""
     return exact_count(ratio, (image.size // masking.cell) ** 2)
+
+
+def choose_clean_patches(
+    batch: Batch, seed: int, masking: MaskingConfig, image: ImageEncoderConfig, row_multiple: int
+) -> Packed:
+    """The patches of each image that its clean view shows: ceil(masking.clean_keep * N), whatever is masked beside it.
+
+    Single patches, not cells: nobody predicts what is left out, so nothing is gained by leaving it out in one piece.
+    """
+    rows, columns = image.grid
+    left_out = rows * columns - exact_count(masking.clean_keep, rows * columns)
+    counts = [left_out] * len(batch)
+    return sample_patch_mask(seed, batch.pair_ids, (rows, columns), 1, counts, row_multiple, Stream.CLEAN_PATCHES)[0]
 
 
 def masked_patches(batch: Batch, masking: MaskingConfig, image: ImageEncoderConfig) -> int:

@@ -28,6 +28,13 @@ class MaskingConfig(Section):
     )
     cell: int = Field(32, gt=0, description="side of a masking cell, pixels; a multiple of model.image.patch")
     text_ratio: float = Field(0.3, gt=0, le=1, description="share of a caption's tokens masked, at least one")
+    clean_keep: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="an approximation, off at 1: in training, share of the patches that the clean image view shows, drawn "
+        "for each pair; the contrast, matching and the masked captions see these alone (faster)",
+    )
 
     @field_validator("image_ratio")
     @classmethod
@@ -37,6 +44,13 @@ class MaskingConfig(Section):
         if not 0 < low <= high <= 1:
             raise ValueError(f"expected a share above 0 and at most 1, or [low, high] in that order; got {value}")
         return value
+
+    @property
+    def approximation(self) -> str | None:
+        """What of it makes a step something else than the paper's, for messages; None: nothing."""
+        if self.clean_keep == 1:
+            return None
+        return f"clean image views show {self.clean_keep:g} of their patches in training (masking.clean_keep)"
 
     @property
     def ratio_range(self) -> tuple[float, float]:

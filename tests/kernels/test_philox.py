@@ -50,16 +50,16 @@ def test_seeds_streams_and_ids_give_words_of_their_own() -> None:
     ids = torch.arange(50)
     drawn = [words(seed, stream, ids, 8).flatten() for seed in (0, 1, 2**32) for stream in Stream]
     every = torch.cat(drawn)
-    assert len(every.unique()) >= len(every) - 5  # 18,000 of 2^32: a collision is rare, a shared word would be many
+    assert len(every.unique()) >= len(every) - 5  # 19,200 of 2^32: a collision is rare, a shared word would be many
 
 
 def test_stream_numbers_are_those_of_every_saved_run() -> None:
     assert [s.name for s in sorted(Stream)] == [
         *("SHARD_ORDER", "WINDOW_ORDER", "SOURCE", "CAPTION", "CROP", "SPARE", "AUGMENTATION", "PATCH_MASK"),
         *("TOKEN_CHOICE", "TOKEN_FATE", "RANDOM_WORD", "NEGATIVE_IMAGE", "NEGATIVE_TEXT", "EVALUATION"),
-        "INITIAL_WEIGHTS",
+        *("INITIAL_WEIGHTS", "CLEAN_PATCHES"),
     ]
-    assert [int(s) for s in sorted(Stream)] == list(range(15))
+    assert [int(s) for s in sorted(Stream)] == list(range(16))
 
 
 def test_uniform_stays_inside_the_open_interval() -> None:

@@ -28,6 +28,7 @@ MISTAKES = {
     "masking.image_ratio=0": "masking.image_ratio: expected a share above 0",
     "masking.image_ratio=[0.8, 0.6]": "in that order; got (0.8, 0.6)",
     "masking.text_ratio=1.5": "masking.text_ratio: expected number above 0 and at most 1; got 1.5",
+    "masking.clean_keep=0": "masking.clean_keep: expected number above 0 and at most 1; got 0",
     "schedule.warmup=2.5": "expected a share below 1 or a whole number of steps; got 2.5",
     # combinations
     "model.width=767": "model: width must be a multiple of heads (12); got 767",
@@ -36,6 +37,9 @@ MISTAKES = {
     "masking.cell=24": "masking.cell must be a multiple of model.image.patch (16); got 24",
     "masking.cell=48": "masking.cell must divide model.image.size (224); got 48",
     "masking.insert=decoder": "masking.insert=decoder expected masking.mode=drop",
+    "masking.clean_keep=0.5, objectives.mlm.weight=0, objectives.itc.weight=0, objectives.itm.weight=0": (
+        "masking.clean_keep=0.5 expected a loss that reads whole images (mlm, itc or itm); got weight 0 for each"
+    ),
     "schedule.warmup=5000": "schedule.warmup must be at most schedule.steps (1000); got 5000",
     "batch.micro=100": "batch.micro must divide batch.total (512); got 100. Set it to a divisor, such as 4.",
     "objectives.itm.group=48": "objectives.itm.group must divide batch.total (512)",
