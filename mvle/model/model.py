@@ -115,8 +115,7 @@ class MaskVLM(nn.Module):
         """(image_z, text_z), each of unit length [B, d], and the temperature [1], without a graph: what the contrastive
         loss of a batch in several micro-batches is taken over before their forwards. seed: the run's."""
         heads = self.heads
-        seen = self.choose(batch, seed, frozenset({View.IMAGE_CLEAN})).clean
-        images = self.image_encoder(batch.images, None, None, ["clean" if seen is None else seen])
+        images = self.image_encoder(batch.images, None, None, [self.clean_patches(batch, seed) or "clean"])
         image_z = heads.embed(images, heads.image_projection)
         text_z = heads.embed(self.text_encoder(batch.text), heads.text_projection)
         return image_z, text_z, heads.temperature()
@@ -155,7 +154,7 @@ class MaskVLM(nn.Module):
         return Losses(total, report, state, broken_pairs(step))
 
     def choose(self, batch: Batch, seed: int, wanted: frozenset[View]) -> Choices:
-        """The masks of the sides that some objective wants masked, and in training what a clean image goes without."""
+        """The masks of the sides that some objective wants masked, and what a clean image shows."""
         masking, image = self.config.masking, self.config.model.image
         keep = masked = tokens = positions = read = targets = clean = None
         if View.IMAGE_MASKED in wanted:
@@ -164,17 +163,26 @@ class MaskVLM(nn.Module):
             tokens, positions, read, targets = choose_token_masks(
                 batch, seed, masking, self.mask_id, self.vocabulary, self.row_multiple
             )
-        if View.IMAGE_CLEAN in wanted and self.training and masking.clean_keep < 1:
-            clean = choose_clean_patches(batch, seed, masking, image, self.row_multiple)
+        if View.IMAGE_CLEAN in wanted:
+            clean = self.clean_patches(batch, seed)
         return Choices(keep, masked, tokens, positions, read, targets, clean)
+
+    def clean_patches(self, batch: Batch, seed: int) -> Packed | None:
+        """The patches that clean image views show (masking.clean_keep); None: all, as always outside training."""
+        masking = self.config.masking
+        if masking.clean_keep == 1 or not self.training:
+            return None
+        return choose_clean_patches(batch, seed, masking, self.config.model.image, self.row_multiple)
 
     def encode(self, step: Step, wanted: frozenset[View]) -> None:
         """Encode the wanted views, each encoder in one call, and project the globals where both sides are whole."""
         images = [v for v in (View.IMAGE_CLEAN, View.IMAGE_MASKED) if v in wanted]
         if images:
             choices = step.choices
-            clean: PatchView = "clean" if choices.clean is None else choices.clean
-            kinds = {View.IMAGE_CLEAN: clean, View.IMAGE_MASKED: self.config.masking.mode}
+            kinds: dict[View, PatchView] = {
+                View.IMAGE_CLEAN: choices.clean or "clean",
+                View.IMAGE_MASKED: self.config.masking.mode,
+            }
             packed = self.image_encoder(step.batch.images, choices.keep, choices.masked, [kinds[v] for v in images])
             step.views |= zip(images, split_sequences(packed, len(images)), strict=True)
         texts = [v for v in (View.TEXT_CLEAN, View.TEXT_MASKED) if v in wanted]

@@ -32,8 +32,8 @@ class MaskingConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="an approximation, off at 1: in training, share of the patches that the clean image view shows, drawn "
-        "for each pair; the contrast, matching and the masked captions see these alone (faster)",
+        description="an approximation, off at 1: in training the clean image view shows this share of its patches, "
+        "drawn for each pair; contrast, matching and masked captions read these alone (faster)",
     )
 
     @field_validator("image_ratio")

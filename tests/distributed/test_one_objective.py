@@ -32,6 +32,11 @@ from ..unit.small_run import small_config, write_shard
 from .ranks import free_port, run_ranks
 
 STEPS, TOTAL, GROUP = 3, 24, 2
+MASKING: dict[str, dict[str, Any]] = {
+    "replace": {"mode": "replace"},
+    "drop": {"mode": "drop"},
+    "keep": {"mode": "replace", "clean_keep": 0.5},
+}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
@@ -41,13 +46,13 @@ class Way:
 
     accumulate: int = 1
     replicate: int = 1
-    mode: str = "replace"
+    mode: str = "replace"  # of MASKING
 
     def config(self, shard: str, ranks: int) -> Config:
         micro = TOTAL // ranks // self.accumulate
         return small_config(
             Path(shard),
-            masking={"mode": self.mode, "cell": 16, "image_ratio": [0.6, 1.0]},
+            masking={"cell": 16, "image_ratio": [0.6, 1.0], **MASKING[self.mode]},
             objectives={"itm": {"group": GROUP}, "mim": {"kind": "l1+mse"}},
             batch={"total": TOTAL, "micro": micro},
             data={"train": [shard], "slots": 12, "crop_scale": [0.5, 1.0]},
@@ -85,9 +90,11 @@ class Observed:
 
         def watched(batch: Any, *arguments: Any) -> Any:
             choices = choose(batch, *arguments)
-            drawn = zip(batch.pair_ids.tolist(), choices.masked.unpack(), choices.tokens.unpack(), strict=True)
-            for pair, masked, tokens in drawn:
-                self.masks[pair] = torch.cat([masked.long(), torch.tensor([-1]), tokens.long()])
+            clean = [torch.zeros(0)] * len(batch) if choices.clean is None else choices.clean.unpack()
+            drawn = (choices.masked.unpack(), choices.tokens.unpack(), clean)
+            for pair, masked, tokens, shown in zip(batch.pair_ids.tolist(), *drawn, strict=True):
+                end = torch.tensor([-1])
+                self.masks[pair] = torch.cat([masked.long(), end, tokens.long(), end, shown.long()])
             return choices
 
         self.model.choose = watched  # type: ignore[method-assign]
@@ -208,7 +215,7 @@ def largest_difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> tuple[
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     made = tmp_path_factory.mktemp("one_objective")
     write_shard(made / "pairs.tar", images=60, repeat_first=True)
-    for mode in ("replace", "drop"):
+    for mode in MASKING:
         for dtype in TOLERANCE:
             alone(str(made), mode, dtype)
     return str(made)
@@ -218,7 +225,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("ranks", "ways"),
     [
         (1, [Way(accumulate=2), Way(accumulate=4, mode="drop")]),
-        (2, [Way(), Way(accumulate=2), Way(mode="drop")]),
+        (2, [Way(), Way(accumulate=2), Way(mode="drop"), Way(accumulate=2, mode="keep")]),
         (3, [Way(accumulate=2)]),
         (4, [Way(), Way(accumulate=3), Way(replicate=2)]),
     ],

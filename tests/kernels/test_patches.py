@@ -6,6 +6,7 @@ import pytest
 import torch
 from mvle_kernels import (
     Packed,
+    Stream,
     concatenate,
     embed_views,
     expand,
@@ -103,13 +104,19 @@ def embed_inputs(B: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 16, 9], [16, 16, 16, 16], [0, 0, 0, 0]])
-@pytest.mark.parametrize("views", [("clean",), ("replace",), ("drop",), ("clean", "drop"), ("replace", "clean")])
+@pytest.mark.parametrize(
+    "views",
+    [("clean",), ("replace",), ("drop",), ("clean", "drop"), ("replace", "clean"), ("own",), ("own", "drop", "own")],
+)
 def test_embed_views_agree_and_hold_every_view_in_order(views: tuple[str, ...], counts: list[int]) -> None:
     keep, masked = sample_patch_mask(0, torch.arange(4), (4, 4), 1, counts, row_multiple=8)
+    own, _ = sample_patch_mask(1, torch.arange(4), (4, 4), 1, [3, 16, 0, 9], 8, Stream.CLEAN_PATCHES)
+    shown = [own if view == "own" else view for view in views]
+    rows = {"drop": keep.lengths, "own": own.lengths}
 
     def run(x: Tensor, positions: Tensor, first: Tensor, mask: Tensor) -> Tensor:
-        packed = embed_views(x, positions, first, mask, keep, masked, views, row_multiple=16)
-        lengths = [1 + (N - c if view == "drop" else N) for view in views for c in counts]
+        packed = embed_views(x, positions, first, mask, keep, masked, shown, row_multiple=16)
+        lengths = [1 + n for view in views for n in rows.get(view, (N,) * 4)]
         assert packed.lengths == tuple(lengths) and packed.total % 16 == 0
         assert not packed.rows[sum(lengths) :].any()
         return packed.rows
@@ -122,14 +129,16 @@ def test_embed_views_give_class_token_patches_and_mask_tokens_their_positions(ba
     keep, masked = sample_patch_mask(0, torch.arange(1), (4, 4), 1, [6])
     x, positions, first, mask = embed_inputs(1)
     with use_backend(backend):
-        packed = embed_views(x, positions, first, mask, keep, masked, ["replace", "drop"])
-    replaced, dropped = packed.unpack()
+        packed = embed_views(x, positions, first, mask, keep, masked, ["replace", "drop", masked])
+    replaced, dropped, others = packed.unpack()
     gone, kept = masked.rows.tolist(), keep.rows.tolist()
     assert torch.allclose(replaced[0], first + positions[0]) and torch.allclose(dropped[0], first + positions[0])
     for n in range(N):
         assert torch.allclose(replaced[n + 1], (mask if n in gone else x[0, n]) + positions[n + 1])
     for i, n in enumerate(kept):
         assert torch.allclose(dropped[i + 1], x[0, n] + positions[n + 1])
+    for i, n in enumerate(gone):
+        assert torch.allclose(others[i + 1], x[0, n] + positions[n + 1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -138,7 +147,7 @@ def test_embed_views_and_insertion_have_the_gradients_of_finite_differences(back
     leaves = [t.requires_grad_() for t in (random(2, 4, 3), random(5, 3), random(3), random(3, seed=1))]
 
     def run(x: Tensor, positions: Tensor, first: Tensor, mask: Tensor) -> Tensor:
-        packed = embed_views(x, positions, first, mask, keep, masked, ["clean", "replace", "drop"], 4)
+        packed = embed_views(x, positions, first, mask, keep, masked, ["clean", "replace", "drop", masked], 4)
         left = embed_views(x, positions, first, mask, keep, masked, ["drop"])
         return torch.cat([packed.rows, insert_mask_tokens(left, masked, mask, positions, 4).rows])
 
