@@ -88,7 +88,7 @@ class Config(Section):
     @property
     def approximations(self) -> list[str]:
         """What makes the steps something else than the paper's, a line each; none: they are exact."""
-        return [line for section in (self.masking,) if (line := section.approximation)]
+        return [line for section in (self.masking, self.schedule) if (line := section.approximation)]
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved config as plain dicts, lists, numbers and strings, which JSON has too."""
@@ -221,6 +221,14 @@ def cross_checks(config: Config) -> Iterator[str]:
             "masking.insert=decoder expected masking.mode=drop, where mask tokens enter after the encoder; got "
             f"masking.mode={masking.mode}. Set masking.mode=drop or masking.insert=cross."
         )
+    for side in {side for side, _ in config.schedule.resolution}:
+        if side >= image.size or side % masking.cell:
+            fits = max(min(side, image.size - 1) // masking.cell, 1) * masking.cell
+            yield (
+                f"schedule.resolution must name sides below model.image.size ({image.size}) that are multiples of "
+                f"masking.cell ({masking.cell}); got {side}."
+                + (f" {fits} fits." if fits < image.size else " No side fits: the image is one cell.")
+            )
     kinds = config.objectives
     if masking.clean_keep < 1 and not (kinds.mlm.weight or kinds.itc.weight or kinds.itm.weight):
         yield (

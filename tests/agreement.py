@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmarks.peers.plain import Negatives, plain_losses
 from mvle.data.batch import Batch
 from mvle.model.model import MaskVLM
-from mvle.model.step import Choices, Step
+from mvle.model.queries import View
+from mvle.model.step import Step
 from mvle.objectives.itm import draw_negatives
 
 from .helpers import NAMES, make_batch, make_config, make_model
@@ -23,9 +24,10 @@ SEED = 3
 
 def negatives_of(model: MaskVLM, batch: Batch) -> Negatives:
     """The hard negatives that the model draws for this batch."""
-    step = Step(batch, SEED, model.row_multiple, Choices())
+    clean = frozenset({View.IMAGE_CLEAN, View.TEXT_CLEAN})
+    step = Step(batch, SEED, model.row_multiple, model.choose(batch, SEED, clean))
     with torch.no_grad():
-        model.encode(step, frozenset().union(*(o.views() for o in model.objectives if o.name in ("itc", "itm"))))
+        model.encode(step, clean)
     image, text, valid = draw_negatives(step, model.config.objectives.itm.group)
     return image.index, text.index, valid
 
@@ -112,6 +114,7 @@ def draw_case(one_of: Callable[[Sequence[Any]], Any]) -> Case:
             "kind": one_of(["l1", "mse", "l1+mse"]),
             "per_patch": one_of([False, True]),
             "text_ratio": one_of([0.1, 0.3, 1.0]),
+            "clean_keep": one_of([1.0, 1.0, 0.5, 0.1]) if any(weights[1:]) else 1.0,
         },
         {
             "lengths": lengths,
@@ -120,5 +123,6 @@ def draw_case(one_of: Callable[[Sequence[Any]], Any]) -> Case:
             "equal_texts": equal_texts,
             "row_multiple": one_of([1, 16]),
             "seed": one_of(range(100)),
+            "side": one_of([64, 64, 64, 32]),
         },
     )

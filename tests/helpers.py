@@ -94,6 +94,7 @@ def make_batch(
     equal_texts: Sequence[tuple[int, int]] = (),
     row_multiple: int = 16,
     seed: int = 0,
+    side: int = 64,
     first_id: int = 2**33 + 5,
 ) -> Batch:
     """One pair a caption length. equal_images, equal_texts: pairs (a, b) where b gets the image or caption of a."""
@@ -103,7 +104,7 @@ def make_batch(
     for caption in captions:
         if len(caption):
             caption[0], caption[-1] = BOS, EOS
-    images = torch.randint(0, 256, (B, 64, 64, 3), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (B, side, side, 3), generator=generator, dtype=torch.uint8)
     image_ids, text_ids = torch.arange(B) + 100, torch.arange(B) + 500
     for a, b in equal_images:
         images[b], image_ids[b] = images[a], image_ids[a]

@@ -18,7 +18,8 @@ torch alone; only the random choices (masks, hard negatives) come from the model
 Mask modes. `replace`: a masked patch is a learned token with its position before E_i. `drop`: E_i reads the visible
 patches alone, and mask tokens enter before G_i (`masking.insert` cross) or between G_i and D (decoder).
 
-With `masking.clean_keep` below 1, an approximation, E_i(I) reads some of the patches of I alone while the model trains.
+Two approximations. With `masking.clean_keep` below 1, E_i(I) reads some of the patches of I alone while the model
+trains. Images smaller than the model's (`schedule.resolution`) have fewer patches, and positions resampled to them.
 
     losses = plain_losses(model, batch, seed)              dict of 0-d means, ready for backward
     Plain(model).losses(plain_inputs(model, batch, seed))  the same in two parts: a benchmark times the second
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +61,12 @@ class PlainInputs:
 def plain_inputs(model: MaskVLM, batch: Batch, seed: int, length: int | None = None) -> PlainInputs:
     """Pad the captions of a batch to `length` tokens (None: the longest) and draw the masks that the model would."""
     config = model.config
-    kinds = config.objectives
+    kinds, N = config.objectives, patches_of(model, batch.images)
     tokens_BL, real_BL = padded(batch.text.unpack(), length)
     patch_masked_BN = masked_tokens_BL = token_masked_BL = clean_left_out_BN = None
     if kinds.mim.weight:
         _, masked = choose_image_masks(batch, seed, config.masking, config.model.image, 1)
-        patch_masked_BN = torch.zeros(len(batch), patches_of(model), dtype=torch.bool, device=batch.images.device)
+        patch_masked_BN = torch.zeros(len(batch), N, dtype=torch.bool, device=batch.images.device)
         for b, patches in enumerate(masked.unpack()):
             patch_masked_BN[b, patches.long()] = True
     if kinds.mlm.weight:
@@ -75,7 +77,7 @@ def plain_inputs(model: MaskVLM, batch: Batch, seed: int, length: int | None = N
             token_masked_BL[b, positions.long()] = True
     if config.masking.clean_keep < 1 and model.training:
         shown = choose_clean_patches(batch, seed, config.masking, config.model.image, 1)
-        clean_left_out_BN = torch.ones(len(batch), patches_of(model), dtype=torch.bool, device=batch.images.device)
+        clean_left_out_BN = torch.ones(len(batch), N, dtype=torch.bool, device=batch.images.device)
         for b, patches in enumerate(shown.unpack()):
             clean_left_out_BN[b, patches.long()] = False
     return PlainInputs(
@@ -100,10 +102,9 @@ def padded(captions: list[Tensor], length: int | None) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(L, device=tokens.device) < lengths[:, None]
 
 
-def patches_of(model: MaskVLM) -> int:
+def patches_of(model: MaskVLM, images: Tensor) -> int:
     """Patches of an image."""
-    rows, columns = model.config.model.image.grid
-    return rows * columns
+    return (images.shape[1] // model.config.model.image.patch) ** 2
 
 
 class Plain:
@@ -148,10 +149,19 @@ class Plain:
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 [B, height, width, 3] -> normalised patches [B, N, X], values ordered (row, column, channel)."""
         image = self.config.model.image
-        B, p, (rows, columns) = len(images), image.patch, image.grid
+        B, p, rows, columns = len(images), image.patch, images.shape[1] // image.patch, images.shape[2] // image.patch
         x = images.to(self.weights["image_encoder.positions"].dtype) / 255
         x = (x - x.new_tensor(image.mean)) / x.new_tensor(image.std)
         return x.reshape(B, rows, p, columns, p, 3).permute(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, p * p * 3)
+
+    def positions(self, name: str, patches: int) -> Tensor:
+        """Of the class token and so many patches in a square, [1 + N, D]: resampled as smaller pixels would be."""
+        weight, (rows, columns) = self.weights[name], self.config.model.image.grid
+        if patches == rows * columns:
+            return weight
+        grid = weight[1:].T.reshape(1, -1, rows, columns)
+        small = F.interpolate(grid, size=(isqrt(patches),) * 2, mode="bilinear", antialias=True)
+        return torch.cat([weight[:1], small.flatten(2)[0].T])
 
     def image_encoder(
         self, images: Tensor, masked_BN: Tensor | None = None, left_out_BN: Tensor | None = None
@@ -159,10 +169,11 @@ class Plain:
         """(rows [B, 1 + N, D], None), or where patches are left out, which drop mode does with masked ones, (rows
         [B, 1 + V, D] of the others, which are real)."""
         w, name = self.weights, "image_encoder"
-        x = self.linear(f"{name}.patch_embed", self.pixels(images)) + w[f"{name}.positions"][1:]
-        real = None
+        x = self.linear(f"{name}.patch_embed", self.pixels(images))
+        positions, real = self.positions(f"{name}.positions", x.shape[1]), None
+        x = x + positions[1:]
         if masked_BN is not None and self.config.masking.mode == "replace":
-            x = torch.where(masked_BN[..., None], w[f"{name}.mask_token"] + w[f"{name}.positions"][1:], x)
+            x = torch.where(masked_BN[..., None], w[f"{name}.mask_token"] + positions[1:], x)
         elif masked_BN is not None:
             left_out_BN = masked_BN
         if left_out_BN is not None:
@@ -171,7 +182,7 @@ class Plain:
             left = x.new_zeros(*real.shape, x.shape[-1])
             left[real] = x[~left_out_BN]
             x, real = left, F.pad(real, (1, 0), value=True)
-        first = (w[f"{name}.class_token"] + w[f"{name}.positions"][0]).expand(len(x), 1, -1)
+        first = (w[f"{name}.class_token"] + positions[0]).expand(len(x), 1, -1)
         x = torch.cat([first, x], 1)
         for i in range(self.config.model.image.depth):
             block = f"{name}.blocks.{i}"
@@ -204,7 +215,7 @@ class Plain:
 
     def insert(self, x: Tensor, real: Tensor, masked_BN: Tensor) -> Tensor:
         """Class and visible rows [B, 1 + V, D] -> [B, 1 + N, D], mask tokens with their positions at masked patches."""
-        tokens = self.weights["insert_token"] + self.weights["insert_positions"][1:]
+        tokens = self.weights["insert_token"] + self.positions("insert_positions", masked_BN.shape[1])[1:]
         patches = tokens.expand(len(x), -1, -1).clone()
         patches[~masked_BN] = x[:, 1:][real[:, 1:]]
         return torch.cat([x[:, :1], patches], 1)

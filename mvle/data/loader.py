@@ -23,7 +23,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
@@ -137,8 +137,9 @@ class BadImageError(DataError):
 class Loader:
     """Batches of one rank for steps start_step .. steps - 1 (steps None: for ever), one step ahead. Iterate it once.
 
-    image_size: side of the windows, pixels · max_tokens: longest caption with bos and eos · row_multiple: the packed
-    text is rounded up to it · pin_memory: put batches where a GPU fetches them while the CPU goes on.
+    image_size: side of the windows in pixels, or what gives it for a step (on a thread of the loader) · max_tokens:
+    longest caption with bos and eos · row_multiple: the packed text is rounded up to it · pin_memory: put batches where
+    a GPU fetches them while the CPU goes on.
     wait_seconds: how long the consumer waited for batches · bad: key and shard -> reason. A failure in the threads is
     raised by the iterator.
     """
@@ -149,7 +150,7 @@ class Loader:
         plan: SamplingPlan,
         shards: ShardSet,
         tokenizer: Tokenizer,
-        image_size: int,
+        image_size: int | Callable[[int], int],
         max_tokens: int,
         row_multiple: int = 1,
         rank: int = 0,
@@ -160,7 +161,8 @@ class Loader:
     ) -> None:
         plan.positions(0, rank, ranks)  # says at once if the ranks do not divide the slots
         self.config, self.plan, self.shards, self.tokenizer = config, plan, shards, tokenizer
-        self.image_size, self.max_tokens, self.row_multiple = image_size, max_tokens, row_multiple
+        self.max_tokens, self.row_multiple = max_tokens, row_multiple
+        self.image_size = image_size if callable(image_size) else lambda step: image_size
         self.rank, self.ranks, self.start_step, self.steps = rank, ranks, start_step, steps
         self.pin_memory = pin_memory
         self._whose = f"rank {rank}: " if ranks > 1 else ""  # how its messages begin
@@ -258,7 +260,8 @@ class Loader:
         """The batch of one step, made here and now: what the iterator gives for it."""
         self._stage = f"step {step}, preparing images"
         draws = self.plan.draws(self.plan.positions(step, self.rank, self.ranks))
-        images = np.empty((len(draws), self.image_size, self.image_size, 3), np.uint8)
+        size = self.image_size(step)
+        images = np.empty((len(draws), size, size, 3), np.uint8)
         failed = self._decode_all(draws, images)
         self._pairs += len(draws)
         replaced = 0
@@ -287,7 +290,7 @@ class Loader:
 
     def _decode(self, draw: Draw, into: Pixels) -> BadImageError | None:
         try:
-            into[:] = read_window(self.shards, draw, self.image_size, self.config.max_pixels)
+            into[:] = read_window(self.shards, draw, len(into), self.config.max_pixels)
         except BadImageError as error:
             return error
         return None

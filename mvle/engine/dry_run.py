@@ -1,7 +1,8 @@
 """`mvle.train CONFIG --dry-run`: build all that a run would build, print it, and make two steps on made-up data.
 
 It needs no data, no tokenizer and no run folder, and writes nothing: what it answers is whether the config fits these
-ranks, this machine and its memory. The second step is timed; the first also allocates and compiles.
+ranks, this machine and its memory. Images have their full size: phases of schedule.resolution need less. The second
+step is timed; the first also allocates and compiles.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def refuse_other_run(
     """Raise ConfigError, with what differs, where the checkpoint at `path` (meta: its meta.json) is of another run than
     `own`, whose model is `model`.
 
-    A longer or otherwise changed schedule is the same run as long as it would have had the same learning rates until
-    now: a constant rate can go on for ever, and a cosine cannot be stretched.
+    A longer or otherwise changed schedule is the same run as long as it would have had the same learning rates, and
+    images of the same size, until now: a constant rate can go on for ever, and a cosine cannot be stretched.
     """
     now, before = Config.from_dict(own["config"]), Config.from_dict(meta["config"])
     ignore: tuple[str, ...] = ()
@@ -50,8 +50,8 @@ def refuse_other_run(
     ]
     if any(problem.startswith("schedule.") for problem in problems):
         problems.append(
-            f"(another schedule is fine if the {meta['step']} steps done would have had the same rates; their warm-up "
-            f"was schedule.warmup={before.schedule.warmup_steps} steps)"
+            f"(another schedule is fine if the {meta['step']} steps done have the same rates and image sizes in it; "
+            f"their warm-up was schedule.warmup={before.schedule.warmup_steps} steps)"
         )
     for name, value in own["fingerprints"].items():
         if (old := meta["fingerprints"][name]) != value:

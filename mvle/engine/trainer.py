@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from .parallel import Parallel
 from .profiling import Profiler
 from .resume import identity, refuse_other_run
 from .run import RunFolder
+from .schedule import image_size
 from .signals import StopFlag, forget_stop, note_stop
 from .skips import NotFiniteError, SkipLog
 from .trackers import open_trackers
@@ -180,6 +182,8 @@ class Trainer:
         waited = time.perf_counter()
         batch = next(batches).to(self.parallel.device)
         waited = time.perf_counter() - waited
+        if any(step == end for _, end in self.config.schedule.phases):
+            metrics.say(f"images have {batch.images.shape[1]} pixels a side from step {step + 1} on")
         result = self.train_step(step, batch)
         self.watch.enter("metrics")
         if result.norms:
@@ -204,7 +208,7 @@ class Trainer:
             self.plan,
             self.shards,
             self.tokenizer,
-            image_size=config.model.image.size,
+            image_size=partial(image_size, schedule=config.schedule, full=config.model.image.size),
             max_tokens=config.model.text.max_tokens,
             row_multiple=config.kernels.row_multiple,
             rank=self.parallel.rank,

@@ -3,11 +3,14 @@ ViT-L/16 shape on the image side and RoBERTa's base and large shape on the text 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from ..section import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ImageEncoderConfig(Section):
@@ -29,6 +32,14 @@ class ImageEncoderConfig(Section):
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0 in each channel; got {self.std}")
         return self
+
+    def of(self, images: Tensor) -> ImageEncoderConfig:
+        """The same with the size, and so the grid, of these images, [B, side, side, 3]: smaller ones in a phase of
+        lower resolution. Raises ValueError for images that are not square."""
+        height, width = images.shape[1:3]
+        if height != width:
+            raise ValueError(f"images must be square, [B, side, side, 3]; got {tuple(images.shape)}.")
+        return self if height == self.size else self.model_copy(update={"size": height})
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -12,6 +12,31 @@ from .config import ModelConfig
 from .layers import Block
 
 
+def resample_positions(positions: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """Positions [1 + rows * columns, D] of the class token and a grid of patches -> those of another grid, in the same
+    dtype. The class token keeps its own, and the same grid gives the same tensor.
+
+    By the filter that makes images smaller (a triangle as wide as the step between patches), so that a patch gets the
+    mean of what it covers; as two products of matrices, whose backward has a fixed order on every device.
+    """
+    if grid == to:
+        return positions
+    compute = torch.promote_types(positions.dtype, torch.float32)
+    x_RCD = positions[1:].to(compute).unflatten(0, grid)
+    rows, columns = (_triangle(n, m, x_RCD) for n, m in zip(grid, to, strict=True))
+    new = torch.einsum("ar,rcd,bc->abd", rows, x_RCD, columns).flatten(0, 1)
+    return torch.cat([positions[:1], new.to(positions.dtype)])
+
+
+def _triangle(n: int, m: int, like: Tensor) -> Tensor:
+    """Weights [m, n] of n places in each of m that span the same length; every row sums to 1."""
+    step = n / m
+    there = (torch.arange(m, dtype=like.dtype, device=like.device) + 0.5) * step
+    here = torch.arange(n, dtype=like.dtype, device=like.device) + 0.5
+    weight = (1 - (there[:, None] - here).abs() / max(step, 1)).clamp(min=0)
+    return weight / weight.sum(1, keepdim=True)
+
+
 class ImageEncoder(nn.Module):
     """uint8 images -> rows of class token and patches, for each view asked for."""
 
@@ -29,12 +54,13 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images: Tensor, keep: Packed | None, masked: Packed | None, views: Sequence[PatchView]) -> Packed:
-        """images uint8 [B, size, size, 3]; views as `embed_views` takes them -> Packed [T, D], views end to end."""
+        """images uint8 [B, side, side, 3], side = model.image.size or less; views as `embed_views` takes them -> Packed
+        [T, D], views end to end."""
         image = self.config
         pixels = patchify(images, image.patch, image.mean, image.std, self.patch_embed.weight.dtype)
         packed = embed_views(
             self.patch_embed(pixels),
-            self.positions,
+            resample_positions(self.positions, image.grid, image.of(images).grid),
             self.class_token,
             self.mask_token,
             keep,

@@ -26,7 +26,7 @@ from ..objectives.itm import Itm
 from ..objectives.mim import Mim, mim_sets
 from ..objectives.mlm import Mlm, mlm_sets
 from .heads import Heads, Temperature
-from .image_encoder import ImageEncoder
+from .image_encoder import ImageEncoder, resample_positions
 from .queries import Draw, QuerySet, StageName, View
 from .stage import Stage, plan_stage
 from .step import Choices, Step, choose_clean_patches, choose_image_masks, choose_token_masks
@@ -219,7 +219,9 @@ class MaskVLM(nn.Module):
     def insert(self, rows: Packed, step: Step) -> Packed:
         """Drop mode: class + visible rows -> full length, mask tokens with their positions in between."""
         assert step.choices.masked is not None
-        return insert_mask_tokens(rows, step.choices.masked, self.insert_token, self.insert_positions)
+        image = self.config.model.image
+        positions = resample_positions(self.insert_positions, image.grid, image.of(step.batch.images).grid)
+        return insert_mask_tokens(rows, step.choices.masked, self.insert_token, positions)
 
     # ---- what evaluation and users call -----------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ def choose_clean_patches(
 
     Single patches, not cells: nobody predicts what is left out, so nothing is gained by leaving it out in one piece.
     """
-    rows, columns = image.grid
+    rows, columns = image.of(batch.images).grid
     left_out = rows * columns - exact_count(masking.clean_keep, rows * columns)
     counts = [left_out] * len(batch)
     return sample_patch_mask(seed, batch.pair_ids, (rows, columns), 1, counts, row_multiple, Stream.CLEAN_PATCHES)[0]
@@ -69,7 +69,7 @@ def masked_patches(batch: Batch, masking: MaskingConfig, image: ImageEncoderConf
     """How many patches of the batch are masked; known on the host unless masks were given."""
     if batch.masks and "image" in batch.masks:
         return int(batch.masks["image"].sum())
-    patches = (masking.cell // image.patch) ** 2
+    image, patches = image.of(batch.images), (masking.cell // image.patch) ** 2
     return patches * sum(masked_cells(r, masking, image) for r in batch.image_ratio)
 
 
@@ -86,6 +86,7 @@ def choose_image_masks(
     if batch.masks and "image" in batch.masks:
         masked_BN = batch.masks["image"]
         return pack_patch_mask(masked_BN, masked_BN.sum(1).tolist(), row_multiple)  # sync: evaluation only
+    image = image.of(batch.images)
     counts = [masked_cells(r, masking, image) for r in batch.image_ratio]
     return sample_patch_mask(seed, batch.pair_ids, image.grid, masking.cell // image.patch, counts, row_multiple)
 

@@ -70,7 +70,7 @@ class Mim:
         masked = step.choices.masked
         assert masked is not None
         sequence, _, real = row_index(masked)
-        height, width = self.image.grid
+        height, width = self.image.of(step.batch.images).grid
         which = (sequence * (height * width) + masked.rows).masked_fill(~real, -1)
         loss = masked_pixel_loss(
             heads.pixels(rows["mim.decoder"].rows),

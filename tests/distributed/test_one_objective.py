@@ -35,7 +35,7 @@ STEPS, TOTAL, GROUP = 3, 24, 2
 MASKING: dict[str, dict[str, Any]] = {
     "replace": {"mode": "replace"},
     "drop": {"mode": "drop"},
-    "keep": {"mode": "replace", "clean_keep": 0.5},
+    "keep": {"mode": "replace", "clean_keep": 0.5},  # and smaller images in the first step
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -47,6 +47,10 @@ class Way:
     accumulate: int = 1
     replicate: int = 1
     mode: str = "replace"  # of MASKING
+
+    def size(self, step: int) -> int:
+        """Side of the images, pixels."""
+        return 32 if self.mode == "keep" and step == 0 else 64
 
     def config(self, shard: str, ranks: int) -> Config:
         micro = TOTAL // ranks // self.accumulate
@@ -79,7 +83,7 @@ class Observed:
         )
         plan = SamplingPlan.build(config, shards)
         self.loader = Loader(
-            config.data, plan, shards, tokenizer, 64, 40, 16, parallel.rank, parallel.ranks, steps=STEPS
+            config.data, plan, shards, tokenizer, way.size, 40, 16, parallel.rank, parallel.ranks, steps=STEPS
         )
         self.masks: dict[int, Tensor] = {}
         self.negatives: dict[int, Tensor] = {}

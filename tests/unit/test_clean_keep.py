@@ -10,28 +10,17 @@ import pytest
 import torch
 from mvle_kernels import Stream, mask_of, use_backend
 
-from benchmarks.peers.plain import Negatives, plain_inputs
+from benchmarks.peers.plain import plain_inputs
 from mvle.config import load_config
 from mvle.data.batch import Batch
 from mvle.model import model as model_file
 from mvle.model.model import MaskVLM
 from mvle.model.queries import View
-from mvle.model.step import Step
-from mvle.objectives.itm import draw_negatives
 
+from ..agreement import MODES, SEED, assert_agrees
 from ..helpers import NAMES, make_batch, make_config, make_model, reordered
-from .test_plain_agreement import MODES, SEED, assert_agrees
 
 CLEAN = frozenset({View.IMAGE_CLEAN, View.TEXT_CLEAN})
-
-
-def negatives_of(model: MaskVLM, batch: Batch) -> Negatives:
-    """The hard negatives that the model draws in training."""
-    step = Step(batch, SEED, model.row_multiple, model.choose(batch, SEED, CLEAN))
-    with torch.no_grad():
-        model.encode(step, CLEAN)
-    image, text, valid = draw_negatives(step, model.config.objectives.itm.group)
-    return image.index, text.index, valid
 
 
 def shown(model: MaskVLM, batch: Batch, seed: int = SEED) -> torch.Tensor:
@@ -45,7 +34,7 @@ def shown(model: MaskVLM, batch: Batch, seed: int = SEED) -> torch.Tensor:
 @pytest.mark.parametrize(("mode", "insert"), MODES)
 def test_all_losses_agree_with_the_plain_graph_over_the_same_patches(mode: str, insert: str, keep: float) -> None:
     model, batch = make_model(make_config(mode, insert, (1, 0.7, 1.3, 2), clean_keep=keep)), make_batch()
-    assert_agrees(model, batch, negatives_of(model, batch))
+    assert_agrees(model, batch)
 
 
 @pytest.mark.parametrize("wanted", [w for n in (1, 2, 3) for w in combinations(NAMES, n) if w != ("mim",)])
@@ -53,7 +42,7 @@ def test_any_subset_of_losses_agrees(wanted: tuple[str, ...]) -> None:
     mode, insert = MODES[len("".join(wanted)) % 3]
     model = make_model(make_config(mode, insert, [float(name in wanted) for name in NAMES], clean_keep=0.4))
     batch = make_batch()
-    assert_agrees(model, batch, negatives_of(model, batch))
+    assert_agrees(model, batch)
 
 
 def test_the_reference_backend_and_given_masks_agree_too() -> None:
