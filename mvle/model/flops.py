@@ -1,0 +1,259 @@
+"""Useful floating-point operations of a training step, by formula, from what the host knows: lengths and ratios.
+
+A product of [m, k] and [k, n] is 2 m k n operations; its backward is two of the same size, or one where the input
+learns nothing (pixels). Attention of q queries to k keys is two products a head: 4 q k D. Nothing else is counted:
+norms, GELU, softmax, losses and the optimizer are no products.
+
+Useful is what the packed step has to compute: real tokens, visible patches, rows that are read, each shared thing once.
+No rounding of rows, no padding within a backend's call, nothing that is computed again (activation checkpointing, the
+first pass of a contrast over several micro-batches, attention's backward). So a figure of use (MFU) is never
+better for wasted work. Held within 1% of torch's own counter over the `reference` ops (tests/unit/test_flops.py).
+
+One thing only the device knows: how long the captions are that matching draws as negatives. Each is counted as if the
+captions of a group were dealt out among its pairs anew, which is right on average for uniform draws; `drawn` gives the
+true lengths where someone has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Protocol
+
+from mvle_kernels import round_up
+
+from ..objectives.config import ObjectivesConfig
+from ..objectives.masking import MaskingConfig
+from .config import ModelConfig
+from .step import masked_cells, masked_token_count
+
+
+class Sections(Protocol):
+    """The sections of a config that decide the work of a step."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def masking(self) -> MaskingConfig: ...
+    @property
+    def objectives(self) -> ObjectivesConfig: ...
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a forward and of its backward."""
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def total(self) -> int:
+        """Of both."""
+        return self.forward + self.backward
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.backward + other.backward)
+
+
+def learned(forward: int) -> Flops:
+    """Products both of whose factors have a gradient."""
+    return Flops(forward, 2 * forward)
+
+
+def total(parts: dict[str, Flops]) -> Flops:
+    """The sum of all parts."""
+    return reduce(add, parts.values(), Flops())
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One query set, as numbers. Sequences are those after the set has repeated its sources.
+
+    sources    rows of each distinct source sequence
+    rows       of each sequence
+    contexts   rows of the context that each sequence reads
+    read       rows of each sequence that the last block computes; None: all; "global": the first
+    """
+
+    sources: Sequence[int]
+    rows: Sequence[int]
+    contexts: Sequence[int]
+    read: Sequence[int] | str | None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Width D, hidden width of the feed-forward layer, heads."""
+
+    width: int
+    inner: int
+    heads: int
+
+    @staticmethod
+    def of(model: ModelConfig) -> Sizes:
+        """The sizes of every block of a model."""
+        return Sizes(model.width, int(model.width * model.mlp_ratio), model.heads)
+
+    def linear(self, rows: int, outputs: int = 1) -> int:
+        """rows through [D, outputs * D]."""
+        return 2 * rows * self.width * outputs * self.width
+
+    def mlp(self, rows: int) -> int:
+        """Both layers."""
+        return 4 * rows * self.width * self.inner
+
+    def attention(self, queries: Sequence[int], keys: Sequence[int]) -> int:
+        """Scores and weighted values, sequence by sequence, all heads."""
+        return 4 * self.width * sum(q * k for q, k in zip(queries, keys, strict=True))
+
+    def block(self, lengths: Sequence[int]) -> int:
+        """An encoder block."""
+        rows = sum(lengths)
+        return self.linear(rows, 4) + self.attention(lengths, lengths) + self.mlp(rows)
+
+    def cross_block(self, asked: Asked, shared: bool, pruned: bool) -> int:
+        """A block of a cross stage, without keys and values of its context.
+
+        shared: the first block of a stage some of whose sets repeat their sources; pruned: the last of a stage some of
+        whose sets do not read everything.
+        """
+        rows = asked.rows
+        left = rows if not pruned or asked.read is None else [1] * len(rows) if asked.read == "global" else asked.read
+        assert not isinstance(left, str)
+        count = sum(left)
+        behind = self.attention(left, asked.contexts) + self.linear(count) + self.mlp(count)
+        if shared:  # self-attention and the query of cross-attention on the distinct sources, whatever is read
+            distinct = sum(asked.sources)
+            return behind + self.linear(distinct, 5) + self.attention(asked.sources, asked.sources)
+        if pruned and asked.read == "global":  # query, key and value weights at one row; H queries of width D read rows
+            return behind + self.linear(count, 5) + self.heads * self.attention(left, rows)
+        return behind + self.linear(sum(rows), 2) + self.linear(count, 3) + self.attention(left, rows)
+
+    def stage(self, sets: Sequence[Asked], depth: int) -> list[int]:
+        """Each set's part of a stage."""
+        spread, pruned = any(len(s.rows) > len(s.sources) for s in sets), any(s.read is not None for s in sets)
+        return [
+            sum(self.cross_block(s, spread and i == 0, pruned and i == depth - 1) for i in range(depth)) for s in sets
+        ]
+
+
+def step_flops(
+    config: Sections,
+    vocabulary: int,
+    lengths: Sequence[int],
+    image_ratios: Sequence[float],
+    *,
+    drawn: Sequence[int] | None = None,
+    contrast_pairs: int | None = None,
+) -> dict[str, Flops]:
+    """Useful operations of one step, forward and backward, by part; parts that nothing asks for are left out.
+
+    config          its sections model, masking and objectives
+    vocabulary      words that are scored
+    lengths         tokens of each pair's caption, with bos and eos
+    image_ratios    share of cells masked in each pair's image
+    drawn           length of the other caption that matching draws for each pair; None: those of `lengths`
+    contrast_pairs  pairs that each pair is contrasted with, over all ranks; None: these alone
+
+    patches             pixels to rows, once for both views
+    image clean, masked, text      the encoders
+    mim, mlm, itm       their sequences in the cross encoders; itm's draw of negatives
+    decoder, contexts   MIM's decoder; keys and values of all contexts
+    heads, contrast     pixels, words, embeddings, match; similarities
+    """
+    model, kinds = config.model, config.objectives
+    sizes, D, pairs = Sizes.of(model), model.width, len(lengths)
+    patches, masked, masked_rows = _images(config, image_ratios)
+    whole, words = [patches + 1] * pairs, [masked_token_count(n, config.masking.text_ratio) for n in lengths]
+    mim, mlm, itc, itm = (o.weight > 0 for o in (kinds.mim, kinds.mlm, kinds.itc, kinds.itm))
+    other = list(lengths) if drawn is None else list(drawn)
+    clean_image, clean_text = mlm or itc or itm, mim or itc or itm
+    X = 3 * model.image.patch**2
+
+    forward: dict[str, int] = {
+        "image clean": model.image.depth * sizes.block(whole) * clean_image,
+        "image masked": model.image.depth * sizes.block(masked_rows) * mim,
+        "text": model.text.depth * sizes.block(lengths) * (clean_text + mlm),
+    }
+    # the cross stages: who asks, what each sequence reads, what is read of it
+    inserted = masked_rows if config.masking.insert == "decoder" else whole
+    to_images = {"mim": Asked(inserted, inserted, lengths, None)} if mim else {}
+    to_texts = {"mlm": Asked(lengths, lengths, whole, words)} if mlm else {}
+    if itm:
+        to_images["itm"] = Asked(whole, whole * 3, [*lengths, *lengths, *other], "global")
+        to_texts["itm"] = Asked(lengths, [*lengths, *lengths, *other], whole * 3, "global")
+    for stage in (to_images, to_texts):
+        for name, work in zip(stage, sizes.stage([*stage.values()], model.cross_depth), strict=True):
+            forward[name] = forward.get(name, 0) + work
+    if mim:
+        forward["decoder"] = sizes.stage([Asked(whole, whole, lengths, masked)], model.decoder_depth)[0]
+    rows = sum(lengths) * (model.cross_depth * bool(to_images) + model.decoder_depth * mim)
+    rows += sum(whole) * model.cross_depth * bool(to_texts)
+    forward["contexts"] = sizes.linear(rows, 2)
+    forward["heads"] = 2 * D * (sum(masked) * X * mim + sum(words) * vocabulary * mlm)
+    forward["heads"] += 2 * D * pairs * (2 * model.projection * itc + 3 * 2 * itm)
+    forward["contrast"] = 2 * 2 * pairs * (contrast_pairs or pairs) * model.projection * itc
+    parts = {name: learned(work) for name, work in forward.items() if work}
+    if itm and itc:
+        parts["itm"] += Flops(2 * pairs * kinds.itm.group * model.projection, 0)
+    if clean_image or mim:
+        pixels = 2 * pairs * patches * X * D
+        parts = {"patches": Flops(pixels, pixels)} | parts
+    return parts
+
+
+def plain_flops(
+    config: Sections,
+    vocabulary: int,
+    lengths: Sequence[int],
+    image_ratios: Sequence[float],
+    length: int | None = None,
+) -> dict[str, Flops]:
+    """The same of the plain graph (benchmarks/peers/plain.py): each pass on its own, captions padded to `length` tokens
+    (None: the longest), visible patches to the most of the batch, heads and last blocks at every row. The parts are
+    those of `step_flops`, but contexts belong to who reads them, and patches to the encoders."""
+    model, kinds = config.model, config.objectives
+    sizes, D, pairs = Sizes.of(model), model.width, len(lengths)
+    L = max(lengths) if length is None else length
+    patches, _, masked_rows = _images(config, image_ratios)
+    mim, mlm, itc, itm = (o.weight > 0 for o in (kinds.mim, kinds.mlm, kinds.itc, kinds.itm))
+    X = 3 * model.image.patch**2
+    images, texts = [patches + 1] * pairs, [L] * pairs
+    visible = [max(masked_rows)] * pairs
+    pixels = 2 * pairs * patches * X * D
+
+    def crossed(rows: Sequence[int], contexts: Sequence[int], depth: int) -> int:
+        keys_values = sizes.linear(sum(contexts), 2)
+        return depth * (sizes.cross_block(Asked(rows, rows, contexts, None), False, False) + keys_values)
+
+    text = model.text.depth * sizes.block(texts)
+    parts: dict[str, Flops] = {"text": learned(text) if mim or itc or itm else Flops(text, 0)}
+    if mlm:
+        parts["text"] += learned(text)
+        parts["mlm"] = learned(crossed(texts, images, model.cross_depth))
+    if mim:
+        parts["image masked"] = learned(model.image.depth * sizes.block(visible)) + Flops(pixels, pixels)
+        inserted = visible if config.masking.insert == "decoder" else images
+        parts["mim"] = learned(crossed(inserted, texts, model.cross_depth))
+        parts["decoder"] = learned(crossed(images, texts, model.decoder_depth))
+    if mlm or itc or itm:
+        parts["image clean"] = learned(model.image.depth * sizes.block(images)) + Flops(pixels, pixels)
+    if itm:
+        one = crossed(images, texts, model.cross_depth) + crossed(texts, images, model.cross_depth)
+        draw = 2 * pairs * kinds.itm.group * model.projection * itc
+        parts["itm"] = learned(3 * one) + Flops(draw, 0)
+    heads = 2 * D * pairs * (patches * X * mim + L * round_up(vocabulary, 128) * mlm)
+    parts["heads"] = learned(heads + 2 * D * pairs * (2 * model.projection * itc + 3 * 2 * itm))
+    if itc:
+        parts["contrast"] = learned(2 * pairs * pairs * model.projection)
+    return parts
+
+
+def _images(config: Sections, ratios: Sequence[float]) -> tuple[int, list[int], list[int]]:
+    """(patches of an image, how many are masked in each, rows of each masked view)."""
+    image, masking = config.model.image, config.masking
+    patches = image.grid[0] * image.grid[1]
+    masked = [masked_cells(r, masking, image) * (masking.cell // image.patch) ** 2 for r in ratios]
+    return patches, masked, [1 + patches - m * (masking.mode == "drop") for m in masked]
