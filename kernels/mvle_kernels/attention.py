@@ -91,11 +91,10 @@ def attention_plan(q: Packed, k: Packed, kv_index: Tensor | None = None) -> Atte
     whole = len(cuts) == 1
     segments = []
     for a, b in cuts:
-        q_part = q if whole else Packed.layout_of((q.lengths or ())[a:b], 1, device)
+        q_part = q if whole else q.part(a, b)
         k_part, bias, alive = None, None, None
         if apart:
-            assert k.lengths is not None
-            k_part = k if whole else Packed.layout_of(k.lengths[a:b], 1, device)
+            k_part = k if whole else k.part(a, b)
         keys = k_part if k_part is not None else k
         if keys.sequences and equal_length(keys) is None and padded_length(keys):
             valid = pad_index(keys)[1]

@@ -21,6 +21,19 @@ def round_up(total: int, multiple: int) -> int:
     return -(-total // multiple) * multiple
 
 
+def from_host(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """Numbers that the host knows, as a tensor [n] on the device, without waiting for it.
+
+    `torch.tensor(values, device="cuda")` waits until the device has done all that was asked of it before. Here equal
+    numbers are filled in on the device, and others leave from pinned memory.
+    """
+    device = torch.device(device or "cpu")
+    if values and values.count(values[0]) == len(values):
+        return torch.full((len(values),), values[0], dtype=dtype, device=device)
+    pinned = device.type == "cuda" and torch.cuda.is_initialized()
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """rows [T, ...] · offsets int32 [S + 1] on the device · lengths on the host, or None where a draw on the device
@@ -53,7 +66,10 @@ class Packed:
         if longest > max_length:
             raise ValueError(f"max_length must be at least the longest sequence, {longest}; got {max_length}.")
         ends = [0, *accumulate(lengths)]
-        offsets = torch.tensor(ends, dtype=torch.int32).to(device or "cpu", non_blocking=True)
+        if lengths and 0 < longest == min(lengths):
+            offsets = torch.arange(0, ends[-1] + 1, longest, dtype=torch.int32, device=device)
+        else:
+            offsets = from_host(ends, torch.int32, device)
         rows = torch.empty(0, device=offsets.device)
         return Packed(rows, offsets, lengths, max_length, round_up(ends[-1], row_multiple))
 
@@ -80,9 +96,23 @@ class Packed:
         ends = [0, *accumulate(self.lengths)]
         return [self.rows[a:b] for a, b in pairwise(ends)]
 
+    def part(self, start: int, stop: int, row_multiple: int = 1) -> Packed:
+        """The layout of sequences start .. stop alone, its offsets made on the device. Needs lengths on the host."""
+        if self.lengths is None:
+            raise ValueError("a part needs lengths on the host; this Packed was drawn on the device.")
+        lengths, before = self.lengths[start:stop], sum(self.lengths[:start])
+        offsets = self.offsets[start : stop + 1]
+        if before:
+            offsets = offsets - before
+        return Packed(self.rows[:0], offsets, lengths, self.max_length, round_up(sum(lengths), row_multiple))
+
     def slice(self, start: int, stop: int, row_multiple: int = 1) -> Packed:
         """Sequences start .. stop as a Packed of their own (a micro-batch). Needs lengths on the host."""
-        return Packed.of(self.unpack()[start:stop], row_multiple)
+        layout = self.part(start, stop, row_multiple)
+        assert self.lengths is not None and layout.lengths is not None
+        before, own = sum(self.lengths[:start]), sum(layout.lengths)
+        tail = self.rows.new_zeros(layout.total - own, *self.rows.shape[1:])
+        return layout.with_rows(torch.cat([self.rows[before : before + own], tail]))
 
     def to(self, device: torch.device | str) -> Packed:
         """A copy on another device (asynchronous from pinned memory)."""

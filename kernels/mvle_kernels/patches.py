@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .dispatch import Op
 from .layout import equal_length, has_tail
-from .packed import Packed, concatenate, row_index
+from .packed import Packed, concatenate, from_host, row_index
 
 PATCHIFY = Op("patchify")
 EMBED_VIEWS = Op("embed_views")
@@ -39,12 +39,23 @@ def as_patches(images: Tensor, patch: int) -> Tensor:
     return images.view(B, height // patch, patch, width // patch, patch, channels).transpose(2, 3)
 
 
+def scale_and_shift(
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor] | tuple[float, float]:
+    """(scale, shift) with pixel * scale + shift = (pixel / 255 - mean) / std: two numbers where the channels are alike,
+    which costs no copy to the device, else two tensors [3]."""
+    values = [*(1 / (255 * s) for s in std), *(-m / s for m, s in zip(mean, std, strict=True))]
+    if len({*values[:3]}) == len({*values[3:]}) == 1:
+        return values[0], values[3]
+    scale, shift = from_host(values, dtype, device).split(3)
+    return scale, shift
+
+
 @PATCHIFY.register("reference", "plain torch")
 @PATCHIFY.register("dense", "one plain torch pass is the fastest on a CPU")  # applied bottom up: dense is asked first
 def _patchify(images: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     compute = torch.promote_types(dtype, torch.float32)
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=compute, device=images.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=compute, device=images.device)
+    scale, shift = scale_and_shift(mean, std, compute, images.device)
     rows = as_patches(images, patch).to(compute) * scale + shift
     return rows.flatten(3).flatten(1, 2).to(dtype)
 
@@ -82,7 +93,8 @@ def mask_of(masked: Packed, patches: int) -> Tensor:
     """Packed masked patch numbers -> bool [B, N], True = masked."""
     sequence, _, _ = row_index(masked)
     flags = torch.zeros((masked.sequences + 1) * patches, dtype=torch.bool, device=masked.rows.device)
-    flags[sequence * patches + masked.rows.long()] = True  # tail rows fall into the spare last sequence
+    # tail rows fall into the spare last sequence; not `flags[…] = True`, which on a GPU waits for a copy of the True
+    flags.index_fill_(0, sequence * patches + masked.rows.long(), True)
     return flags.view(-1, patches)[:-1]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Op
-from .patches import as_patches, check_images, patchify
+from .patches import as_patches, check_images, patchify, scale_and_shift
 
 PIXEL_LOSS = Op("masked_pixel_loss")
 KINDS = ("l1", "mse", "l1+mse")
@@ -54,8 +54,7 @@ def _dense(
     b, n = which // (across * down), which % (across * down)
     pixels = patches[b, n // down, n % down].flatten(1, 2)  # [R, patch * patch, 3]
     compute = torch.promote_types(prediction.dtype, torch.float32)
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=compute, device=images.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=compute, device=images.device)
+    scale, shift = scale_and_shift(mean, std, compute, images.device)
     return _distance(prediction, (pixels.to(compute) * scale + shift).flatten(1), real, kind, per_patch)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packed import Packed, row_index
+from .packed import Packed, from_host, row_index
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -133,10 +133,9 @@ def sample_patch_mask(
             f"counts must hold one number of masked cells in 0..{cells} for each of {pair_ids.numel()} pairs; "
             f"got {tuple(counts)}."
         )
-    device = pair_ids.device
     noise = words(seed, stream, pair_ids, cells)
     rank = torch.argsort(torch.argsort(noise, dim=1, stable=True), dim=1)
-    wanted = torch.tensor(counts, device=device).unsqueeze(1)
+    wanted = from_host(counts, torch.int64, pair_ids.device).unsqueeze(1)
     masked_BN = (
         (rank < wanted)
         .view(-1, height // cell, 1, width // cell, 1)
@@ -150,14 +149,14 @@ def pack_patch_mask(masked_BN: Tensor, counts: Sequence[int], row_multiple: int 
     """A bool mask [B, N] (True = masked) with its host counts -> (keep, masked) as `sample_patch_mask` gives them."""
     patches = masked_BN.shape[1]
     order = torch.argsort(masked_BN.to(torch.uint8), dim=1, stable=True)  # the visible first, each part ascending
-    keep_lengths = tuple(patches - c for c in counts)
-    packed = []
-    for lengths, start in ((keep_lengths, None), (tuple(counts), keep_lengths)):
+    packed: list[Packed] = []
+    for lengths in ([patches - c for c in counts], counts):
         layout = Packed.layout_of(lengths, row_multiple, masked_BN.device, max_length=patches)
         sequence, position, real = row_index(layout)
-        if start is not None:
-            position = position + torch.tensor((*start, 0), device=order.device)[sequence]
-        rows = order[sequence.clamp(max=max(len(lengths) - 1, 0)), position.clamp(max=patches - 1)]
+        sequence = sequence.clamp(max=max(len(lengths) - 1, 0))
+        if packed:  # the masked ones come behind those kept
+            position = position + packed[0].offsets.diff()[sequence]
+        rows = order[sequence, position.clamp(max=patches - 1)]
         packed.append(layout.with_rows((rows * real).to(torch.int32)))
     return packed[0], packed[1]
 
@@ -198,11 +197,11 @@ def sample_token_mask(
     open_SL = maskable[row_SL] & inside
     noise = words(seed, Stream.TOKEN_CHOICE, pair_ids, longest)
     rank = torch.argsort(torch.argsort(noise.masked_fill(~open_SL, WORD + 1), dim=1, stable=True), dim=1)
-    chosen_SL = (rank < torch.tensor(counts, device=rank.device)[:, None]) & open_SL
+    layout = Packed.layout_of(counts, row_multiple, maskable.device, max_length=max(counts, default=0))
+    chosen_SL = (rank < layout.offsets.diff()[:, None]) & open_SL
 
     # 2) positions, ascending, as a packed list of known size
     ascending = torch.argsort((~chosen_SL).to(torch.uint8), dim=1, stable=True)
-    layout = Packed.layout_of(counts, row_multiple, maskable.device, max_length=max(counts, default=0))
     caption, k, used = row_index(layout)
     caption = caption.clamp(max=max(captions - 1, 0))
     column = ascending[caption, k.clamp(max=longest - 1)]
