@@ -66,27 +66,25 @@ def philox(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, Any, Any,
     return c0, c1, c2, c3
 
 
-def words(seed: int, stream: int, ids: Any, count: int) -> Any:
+def words(seed: int, stream: Any, ids: Any, count: int) -> Any:
     """`count` 32-bit words for each id: int64 [..., count] of the library (numpy or torch) of `ids` (int64 [...]).
 
+    stream: a number, or int64 numbers that broadcast against ids, so that several streams cost the launches of one.
     Word w of an id is lane w % 4 of the Philox block with index w // 4.
     """
     blocks: Any
     stack: Any
-    zero: Any
     if isinstance(ids, Tensor):
-        blocks = torch.arange((count + 3) // 4, device=ids.device, dtype=torch.int64)
-        stack, zero = torch.stack, torch.zeros_like
+        blocks, stack = torch.arange((count + 3) // 4, device=ids.device, dtype=torch.int64), torch.stack
     else:
         import numpy
 
         ids = numpy.asarray(ids, dtype=numpy.int64)
-        blocks = numpy.arange((count + 3) // 4, dtype=numpy.int64)
-        stack, zero = numpy.stack, numpy.zeros_like
-    low, high = (ids & WORD)[..., None], ((ids >> 32) & WORD)[..., None]
-    index = blocks + zero(low)
-    lanes = philox((index, zero(index) + int(stream), low + zero(index), high + zero(index)), split_seed(seed))
-    drawn = stack(lanes, -1)
+        blocks, stack = numpy.arange((count + 3) // 4, dtype=numpy.int64), numpy.stack
+    stream = int(stream) if isinstance(stream, int) else stream[..., None]
+    # the four broadcast; after three rounds each has the whole shape
+    counter = (blocks, stream, (ids & WORD)[..., None], ((ids >> 32) & WORD)[..., None])
+    drawn = stack(philox(counter, split_seed(seed)), -1)
     return drawn.reshape(*drawn.shape[:-2], -1)[..., :count]
 
 
@@ -195,7 +193,9 @@ def sample_token_mask(
     row_SL = (offsets[:-1, None] + slots).clamp(max=max(tokens.total - 1, 0))
     inside = slots < (offsets[1:] - offsets[:-1])[:, None]
     open_SL = maskable[row_SL] & inside
-    noise = words(seed, Stream.TOKEN_CHOICE, pair_ids, longest)
+    # choice, fate and random word at once: streams 8, 9 and 10
+    streams = torch.arange(Stream.TOKEN_CHOICE, Stream.RANDOM_WORD + 1, device=maskable.device)[:, None]
+    noise, fate, word = words(seed, streams, pair_ids, longest)
     rank = torch.argsort(torch.argsort(noise.masked_fill(~open_SL, WORD + 1), dim=1, stable=True), dim=1)
     layout = Packed.layout_of(counts, row_multiple, maskable.device, max_length=max(counts, default=0))
     chosen_SL = (rank < layout.offsets.diff()[:, None]) & open_SL
@@ -209,8 +209,7 @@ def sample_token_mask(
     targets = torch.where(used, tokens.rows.long()[rows], -1)
 
     # 3) 80% mask token, 10% random word, 10% unchanged
-    fate = uniform(words(seed, Stream.TOKEN_FATE, pair_ids, longest))
-    word = words(seed, Stream.RANDOM_WORD, pair_ids, longest) % vocabulary
+    fate, word = uniform(fate), word % vocabulary
     now_SL = torch.where(fate < 0.8, mask_id, torch.where(fate < 0.9, word, tokens.rows.long()[row_SL]))
     cut = position.clamp(max=longest - 1)
     chosen = chosen_SL[sequence.clamp(max=captions - 1), cut] & real

@@ -17,6 +17,7 @@ from mvle_kernels import (
     sample_patch_mask,
     use_backend,
 )
+from mvle_kernels.packed import from_host
 from torch import Tensor
 
 from .compare import BACKENDS, assert_backends_agree, forget_lengths, layout, random, results
@@ -42,6 +43,30 @@ def test_packing_keeps_sequences_and_rounds_up_with_zeros() -> None:
     assert sequence.tolist() == [0, 0, 2, 2, 2, 2, 2, 3] and position.tolist() == [0, 1, 0, 1, 2, 3, 4, 0]
     assert real.tolist() == [True] * 7 + [False]
     assert torch.equal(packed.slice(1, 3, 4).rows, torch.cat([parts[2], torch.zeros(3, 3)]))
+
+
+@pytest.mark.parametrize("start, stop", [(0, 4), (0, 2), (1, 3), (2, 4), (2, 2)])
+@pytest.mark.parametrize("lengths", [[2, 0, 5, 1], [3, 3, 3, 3], [0, 0, 0, 0]])
+def test_a_part_of_a_layout_is_the_layout_of_its_lengths(lengths: list[int], start: int, stop: int) -> None:
+    part, other = Packed.layout_of(lengths, 8).part(start, stop, 4), Packed.layout_of(lengths[start:stop], 4)
+    assert torch.equal(part.offsets, other.offsets) and part.offsets.dtype == torch.int32
+    assert (part.lengths, part.total, len(part.rows)) == (other.lengths, other.total, 0)
+    with pytest.raises(ValueError, match="lengths on the host"):
+        forget_lengths(Packed.layout_of(lengths)).part(start, stop)
+
+
+@pytest.mark.parametrize("lengths", [[], [4], [3, 3, 3], [0, 0], [0, 2], [2, 2, 1]])
+def test_offsets_are_sums_of_lengths_whether_these_are_equal_or_not(lengths: list[int]) -> None:
+    made = Packed.layout_of(lengths)
+    assert made.offsets.tolist() == [sum(lengths[:s]) for s in range(len(lengths) + 1)]
+    assert made.offsets.dtype == torch.int32 and made.total == sum(lengths)
+
+
+def test_numbers_of_the_host_arrive_as_they_are() -> None:
+    assert from_host([2, 2, 2], torch.int64, None).tolist() == [2, 2, 2]
+    assert from_host([1, 2, 3], torch.int32, "cpu").tolist() == [1, 2, 3]
+    assert from_host([], torch.int64, "cpu").shape == (0,)
+    assert from_host([0.5, 0.25], torch.float64, "cpu").dtype == torch.float64
 
 
 def test_concatenation_drops_inner_tails_and_shifts_offsets() -> None:
@@ -82,6 +107,12 @@ def test_patchify_orders_row_column_channel_and_normalises(backend: str) -> None
                 y, column, channel = x // 12, x // 3 % 4, x % 3
                 pixel = int(images[b, top + y, left + column, channel])
                 assert abs(rows[b, n, x] - (pixel / 255 - MEAN[channel]) / STD[channel]) < 1e-12
+
+
+def test_channels_that_are_alike_are_normalised_as_others_are() -> None:
+    images, nearly = photos(), 0.25 * (1 + 2**-50)  # differs in float64, and in float32 not
+    alike = patchify(images, 4, (0.4,) * 3, (0.25,) * 3)
+    assert torch.equal(alike, patchify(images, 4, (0.4,) * 3, (0.25, 0.25, nearly)))
 
 
 def test_patchify_takes_strided_images_and_refuses_others() -> None:

@@ -46,6 +46,15 @@ def test_word_w_is_lane_w_mod_4_of_block_w_div_4() -> None:
         assert word == int(philox(counter, (17, 5))[w % 4])
 
 
+def test_several_streams_at_once_have_the_words_of_each() -> None:
+    for ids in (torch.arange(6).view(2, 3) + 2**33, np.arange(6).reshape(2, 3) + 2**33):
+        streams = (torch if isinstance(ids, torch.Tensor) else np).arange(8, 11)[:, None, None]
+        together = words(5, streams, ids, 7)
+        assert together.shape == (3, 2, 3, 7)
+        for k, stream in enumerate((Stream.TOKEN_CHOICE, Stream.TOKEN_FATE, Stream.RANDOM_WORD)):
+            assert (together[k] == words(5, stream, ids, 7)).all()
+
+
 def test_seeds_streams_and_ids_give_words_of_their_own() -> None:
     ids = torch.arange(50)
     drawn = [words(seed, stream, ids, 8).flatten() for seed in (0, 1, 2**32) for stream in Stream]
