@@ -28,7 +28,7 @@ _FILE, _NOTE = "tokenizer.json", "mvle_tokenizer.json"
 _ROLES = ("bos_id", "pad_id", "eos_id", "unk_id", "mask_id")
 _MOST_CAPTIONS = 5_000_000  # more teach a vocabulary nothing new
 _REACH_SECONDS = 4.0
-_ROBERTA_WORDS = 50_265
+ROBERTA_WORDS = 50_265
 
 
 class TokenizerConfig(Section):
@@ -162,7 +162,7 @@ def known_vocabulary(config: TokenizerConfig) -> tuple[int, str]:
     try:
         return Tokenizer.load(config.name).vocabulary, f"{config.name}"
     except TokenizerError:
-        return _ROBERTA_WORDS, f"as roberta-base has; {config.name} cannot be had here, and a run would need it"
+        return ROBERTA_WORDS, f"as roberta-base has; {config.name} cannot be had here, and a run would need it"
 
 
 def all_captions(shards: Any) -> Iterator[str]:

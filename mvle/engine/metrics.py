@@ -67,6 +67,7 @@ class Metrics:
     start        steps done before this process
     trackers     get the numbers of every row, and are closed with the rest
     terminal     whether to draw a progress bar; None: if standard output is a terminal
+    peak_tflops  10^12 operations a second that a rank's device can do, if that is known: rows then have mfu
     """
 
     def __init__(
@@ -80,15 +81,17 @@ class Metrics:
         start: int = 0,
         trackers: Sequence[Tracker] = (),
         terminal: bool | None = None,
+        peak_tflops: float | None = None,
     ) -> None:
         self.path, self.config, self.parallel = Path(path), config, parallel
-        self.steps, self.pairs, self.trackers = steps, pairs, trackers
+        self.steps, self.pairs, self.trackers, self.peak_tflops = steps, pairs, trackers, peak_tflops
         self._seconds_a_step = math.nan
         self._names: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self._totals: dict[str, Tensor] = {}
         self._extra: dict[str, Tensor] = {}
         self._applied: Tensor | None = None
         self._wait, self._steps, self._replaced, self._truncated = 0.0, 0, 0, 0
+        self._flops = 0.0
         self._lr = math.nan  # of the newest step
         self._file: Any = None
         self._bar: Any = None
@@ -113,6 +116,7 @@ class Metrics:
         lr: float,
         replaced: int = 0,
         truncated: int = 0,
+        flops: float = 0.0,
     ) -> dict[str, Any] | None:
         """Count one step; at a log step write its row and line, and return the row.
 
@@ -124,6 +128,8 @@ class Metrics:
         lr         learning rate of this step (of the group with the highest peak)
         replaced   pairs of this rank's step that stand in for images that cannot be read   } a row has their sums over
         truncated  captions of this rank's step that were cut to model.text.max_tokens     } its steps and all ranks
+        flops      useful operations of this rank's step (model/flops.py); a row has tflops, 10^12 of them a second and
+                   rank, and with a peak_tflops mfu, their share of it
         All ranks must call it at every step: at a log step they add up their sums.
         """
         names = (tuple(sums), tuple(state))
@@ -141,6 +147,7 @@ class Metrics:
         self._wait += wait
         self._replaced += replaced
         self._truncated += truncated
+        self._flops += flops
         self._steps += 1
         self._lr = lr
         if self._bar is not None:
@@ -162,7 +169,8 @@ class Metrics:
     def _log(self, step: int, lr: float) -> dict[str, Any]:
         device = self.parallel.device
         nothing = torch.empty(0, device=device)
-        counts = torch.tensor([self._replaced, self._truncated], dtype=torch.float32, device=device)
+        work = self._flops / self.parallel.ranks / 1e12
+        counts = torch.tensor([self._replaced, self._truncated, work], dtype=torch.float32, device=device)
         sums = self.parallel.all_reduce_sum(torch.cat([self._totals.get("sums", nothing).to(device), counts]))
         state, extra = self._totals.get("state", nothing), _stack(self._extra.values()) if self._extra else nothing
         numbers = torch.cat([part.cpu() for part in (sums, state, extra)]).tolist()  # sync: the log line
@@ -170,7 +178,7 @@ class Metrics:
         # the clock is read after the device was waited for, so that the interval holds the work of its steps
         seconds = max(time.perf_counter() - self._started - self._paused, 1e-9)
         assert self._names is not None
-        names = [*self._names[0], "replaced", "truncated", *self._names[1], *self._extra]
+        names = [*self._names[0], "replaced", "truncated", "work", *self._names[1], *self._extra]
         values = dict(zip(names, numbers, strict=True))
         means = {
             name.replace("_correct", "_accuracy"): values[name] / applied if applied else math.nan
@@ -188,6 +196,8 @@ class Metrics:
             "truncated": round(values["truncated"]),
             "pairs": step * self.pairs,
             "pairs/s": self._steps * self.pairs / seconds,
+            "tflops": values["work"] / seconds,
+            **({} if self.peak_tflops is None else {"mfu": values["work"] / seconds / self.peak_tflops}),
             "data_wait": min(self._wait / seconds, 1.0),
             "mem_gib": memory_gib(self.parallel.device),
         }
@@ -210,6 +220,7 @@ class Metrics:
             fields.append(f"temperature {row['temperature']:.4f}")
         fields += [
             f"pairs/s {row['pairs/s']:7,.1f}",
+            f"mfu {row['mfu']:5.1%}" if "mfu" in row else f"tflops {row['tflops']:.3f}",
             f"data_wait {row['data_wait']:5.1%}",
             f"mem {row['mem_gib']:.2f} GiB",
             f"eta {duration((self.steps - step) * self._seconds_a_step)}",
@@ -225,6 +236,7 @@ class Metrics:
     def _begin_interval(self) -> None:
         self._totals, self._extra, self._applied = {}, {}, None
         self._wait, self._steps, self._replaced, self._truncated = 0.0, 0, 0, 0
+        self._flops = 0.0
         self._started, self._paused = time.perf_counter(), 0.0
 
     @contextlib.contextmanager

@@ -24,9 +24,11 @@ from ..data.loader import Loader, open_shards
 from ..data.plan import SamplingPlan
 from ..data.tokenizer import Tokenizer, build_tokenizer
 from ..evaluation.validation import Validation
+from ..model.flops import step_flops, total
 from .build import architecture, build, contrast_over_ranks, describe_build
 from .checkpoint import Checkpointer
 from .checkpoint_files import read_meta
+from .gpus import peak_tflops
 from .metrics import Metrics, read_rows
 from .parallel import Parallel
 from .profiling import Profiler
@@ -145,6 +147,7 @@ class Trainer:
             pairs=config.batch.total,
             start=start,
             trackers=open_trackers(config, self.folder, parallel, start),
+            peak_tflops=peak_tflops(parallel.device),
         )
         skips = SkipLog(metrics, parallel, config.optim.max_skipped)
         with (
@@ -197,8 +200,17 @@ class Trainer:
             lr=result.lr,
             replaced=batch.replaced,
             truncated=batch.truncated,
+            flops=self.flops(batch),
         )
         skips.note(step + 1, result.skipped, batch.keys, result.broken, result.sums)
+
+    def flops(self, batch: Batch) -> int:
+        """Useful operations of this rank's step, from what the host knows."""
+        lengths, contrasted = batch.text.lengths or (), self.config.batch.total
+        parts = step_flops(
+            self.config, self.tokenizer.vocabulary, lengths, batch.image_ratio, contrast_pairs=contrasted
+        )
+        return total(parts).total
 
     def loader(self, start: int) -> Loader:
         """The batches of this rank from step `start` on."""

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-ROBERTA_WORDS = 50_265  # vocabulary of roberta-base and roberta-large, which cannot be asked without the tokenizer
+from ..data.tokenizer import ROBERTA_WORDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

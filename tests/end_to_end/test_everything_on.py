@@ -34,6 +34,7 @@ from mvle.train import main
 from .test_training import ROOT, write_config
 
 STEPS, BAD_STEP, DECAY = 8, 4, 0.5
+NOT_LEARNED = ("mem_gib", "mfu")  # columns of the machine
 EVERYTHING = {
     "optim": {"lr": 1e-3, "ema": DECAY},
     "schedule": {"steps": STEPS, "kind": "wsd", "warmup": 2, "decay": 3},
@@ -172,6 +173,10 @@ def test_two_ranks_with_everything_on_find_what_one_finds(tmp_path: Path) -> Non
         one, two = (read_rows(c.parent / "run" / "metrics.jsonl", kind) for c in (alone, both))
         assert len(one) == len(two) > 0
         for a, b in zip(one, two, strict=True):
-            names = [n for n in a if n.startswith(("grad_norm", "val_m", "val_itc", "m", "itc")) and n != "mem_gib"]
+            names = [
+                n for n in a if n.startswith(("grad_norm", "val_m", "val_itc", "m", "itc")) and n not in NOT_LEARNED
+            ]
             for name in names:
                 assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-4), (kind, a["step"], name)
+            if kind == "train":  # useful work of a pair, whatever the time
+                assert 2 * b["tflops"] / b["pairs/s"] == pytest.approx(a["tflops"] / a["pairs/s"], rel=1e-3)

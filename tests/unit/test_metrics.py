@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mvle.engine.gpus import GPUS, known_gpu, peak_tflops
 from mvle.engine.metrics import Metrics, MetricsConfig, drop_rows_after, duration, memory_gib, read_rows
 from mvle.engine.parallel import Parallel
 
@@ -42,6 +43,28 @@ def test_a_row_holds_the_means_of_its_interval(tmp_path: Path) -> None:
     assert rows[0]["mlm_accuracy"] == 0.5
     assert rows[1]["pairs"] == 128
     assert {"lr", "grad_norm", "temperature", "skipped", "pairs/s", "data_wait", "mem_gib"} <= rows[0].keys()
+
+
+@pytest.mark.parametrize("peak", [None, 50.0])
+def test_useful_work_is_told_a_second_and_as_a_share_of_a_known_peak(tmp_path: Path, monkeypatch, peak: Any) -> None:
+    clock = iter([0.0, 4.0, 4.0, 14.0, 14.0])  # start; log and next interval, twice
+    monkeypatch.setattr("mvle.engine.metrics.time.perf_counter", lambda: next(clock))
+    with open_metrics(tmp_path, every=2, peak_tflops=peak) as metrics:
+        for number, flops in enumerate([10e12, 30e12, 20e12, 30e12], 1):
+            metrics.update(
+                number, {"loss": torch.tensor(1.0)}, {}, skipped=torch.tensor(0.0), wait=0.0, lr=1.0, flops=flops
+            )
+
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["tflops"] for row in rows] == [10.0, 5.0]
+    assert [row.get("mfu") for row in rows] == ([None, None] if peak is None else [0.2, 0.1])
+
+
+def test_a_peak_is_that_of_a_whole_known_card_and_never_a_guess() -> None:
+    assert known_gpu("NVIDIA H100 80GB HBM3") is GPUS["h100"]
+    assert known_gpu("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    assert known_gpu("NVIDIA H100") is None
+    assert peak_tflops(torch.device("cpu")) is None
 
 
 def test_the_last_step_has_a_row_whatever_the_interval(tmp_path: Path) -> None:
