@@ -1,7 +1,7 @@
 """What a config takes on N ranks, found without a GPU: `python -m mvle.capacity CONFIG [key=value …] --ranks 1,8,64`.
 
 Parameters, useful operations, memory of a rank, traffic of a step, and the largest micro-batch that fits. How each is
-found is in engine/capacity.py. CONFIG is a YAML file or the name of a packaged recipe; no data and no tokenizer is read.
+found is in engine/capacity.py. CONFIG is a YAML file or the name of a recipe; no data and no tokenizer is read.
 
 Exit codes: 0 printed; 2 for a config, ranks or a GPU that cannot be used.
 """

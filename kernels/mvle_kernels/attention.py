@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import Op
-from .layout import equal_length, pad, pad_index, padded_length, unpad
+from .layout import equal_length, may_be_empty, pad, pad_index, padded_length, unpad
 from .packed import Packed
 from .patches import sum_into
 
@@ -103,7 +103,7 @@ def attention_plan(q: Packed, k: Packed, kv_index: Tensor | None = None) -> Atte
             filled = valid[:, 0]  # slot 0 is open even in an empty context: softmax stays finite, `alive` hides it
             valid = torch.cat([torch.ones_like(valid[:, :1]), valid[:, 1:]], 1)
             bias = torch.zeros(valid.shape, device=device).masked_fill(~valid, -math.inf)[:, None, None]
-            if keys.lengths is None or min(keys.lengths, default=1) == 0:
+            if may_be_empty(keys):
                 alive = filled[:, None, None, None]
         segments.append(Segment(a, b, q_part, k_part, bias, alive))
     return AttentionPlan(q, k, kv_index, tuple(segments))

@@ -55,12 +55,20 @@ def has_tail(layout: Packed) -> bool:
 
 
 def may_be_empty(layout: Packed) -> bool:
-    """Whether some sequence may have no rows (always possible where lengths are unknown)."""
-    return layout.lengths is None or 0 in layout.lengths
+    """Whether some sequence may have no rows."""
+    return layout.sequences > 0 and layout.shortest == 0
 
 
-def _where(rows: Tensor, real: Tensor) -> Tensor:
-    return torch.where(real.view(-1, *[1] * (rows.dim() - 1)), rows, rows.new_zeros(()))
+def _blank(rows: Tensor, real: Tensor) -> Tensor:
+    """Zeros, in place, where not real: in a gather of one's own, and whatever stood there (NaN too)."""
+    return rows.masked_fill_(~real.view(-1, *[1] * (rows.dim() - 1)), 0)
+
+
+def _blank_tail(rows: Tensor, real: Tensor, layout: Packed) -> Tensor:
+    if layout.lengths is None:
+        return _blank(rows, real)
+    rows[sum(layout.lengths) :].zero_()
+    return rows
 
 
 class _Pad(torch.autograd.Function):
@@ -69,13 +77,12 @@ class _Pad(torch.autograd.Function):
         ctx.layout = layout
         index, valid = pad_index(layout)
         padded = rows.index_select(0, index).view(*valid.shape, *rows.shape[1:])
-        return _where(padded, valid[:, 0]) if may_be_empty(layout) else padded
+        return _blank(padded, valid[:, 0]) if may_be_empty(layout) else padded
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         slots, real = unpad_index(ctx.layout)
-        rows = grad.flatten(0, 1).index_select(0, slots)
-        return _where(rows, real) if has_tail(ctx.layout) else rows, None
+        return _blank_tail(grad.flatten(0, 1).index_select(0, slots), real, ctx.layout), None
 
 
 class _Unpad(torch.autograd.Function):
@@ -83,13 +90,12 @@ class _Unpad(torch.autograd.Function):
     def forward(ctx: Any, padded: Tensor, layout: Packed) -> Tensor:
         ctx.layout = layout
         slots, real = unpad_index(layout)
-        rows = padded.flatten(0, 1).index_select(0, slots)
-        return _where(rows, real) if has_tail(layout) else rows
+        return _blank_tail(padded.flatten(0, 1).index_select(0, slots), real, layout)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         index, valid = pad_index(ctx.layout)
-        padded = _where(grad.index_select(0, index), valid.flatten())
+        padded = _blank(grad.index_select(0, index), valid.flatten())
         return padded.view(*valid.shape, *grad.shape[1:]), None
 
 
@@ -97,7 +103,9 @@ def pad(rows: Tensor, layout: Packed) -> Tensor:
     """[T, ...] -> [S, L, ...]. Slots past a sequence's end hold a copy of its last row (zeros if it has none):
     mask them before use."""
     if (length := equal_length(layout)) is not None:
-        return rows[: layout.sequences * length].unflatten(0, (layout.sequences, length))
+        if has_tail(layout):  # a slice of all would be copied in its backward
+            rows = rows[: layout.sequences * length]
+        return rows.unflatten(0, (layout.sequences, length))
     if layout.sequences == 0 or layout.total == 0 or padded_length(layout) == 0:
         return rows.new_zeros(layout.sequences, padded_length(layout), *rows.shape[1:])
     return _Pad.apply(rows, layout)

@@ -37,19 +37,26 @@ def from_host(values: Sequence[int] | Sequence[float], dtype: torch.dtype, devic
 @dataclass(frozen=True, eq=False)
 class Packed:
     """rows [T, ...] · offsets int32 [S + 1] on the device · lengths on the host, or None where a draw on the device
-    decides them · max_length, a static cap on every length · total = T."""
+    decides them · max_length, a static cap on every length · total = T · min_length, where lengths is None: a static
+    lower bound on every length (above 0: no sequence can be empty)."""
 
     rows: Tensor
     offsets: Tensor
     lengths: tuple[int, ...] | None
     max_length: int
     total: int
+    min_length: int = 0
     cache: dict[str, Any] = field(default_factory=dict, repr=False)  # index tensors, made once for one layout
 
     @property
     def sequences(self) -> int:
         """How many sequences: S."""
         return self.offsets.numel() - 1
+
+    @property
+    def shortest(self) -> int:
+        """No sequence is shorter; 0 where there is none, or where nothing is known."""
+        return self.min_length if self.lengths is None else min(self.lengths, default=0)
 
     @staticmethod
     def layout_of(
@@ -139,11 +146,13 @@ def concatenate(parts: Sequence[Packed], row_multiple: int = 1) -> Packed:
         raise ValueError("only the last part may have lengths unknown on the host.")
     sizes = [sum(p.lengths) if p.lengths is not None else p.total for p in parts]
     total = round_up(sum(sizes), row_multiple)
-    pieces = [p.rows[:n] for p, n in zip(parts, sizes, strict=True)]
+    pieces = [p.rows if len(p.rows) == n else p.rows[:n] for p, n in zip(parts, sizes, strict=True)]
     tail = pieces[0].new_zeros(total - sum(sizes), *pieces[0].shape[1:])
     starts = [0, *accumulate(sizes)]
     offsets = [p.offsets[(1 if i else 0) :] + starts[i] for i, p in enumerate(parts)]
     lengths = None
     if parts[-1].lengths is not None:
         lengths = tuple(n for p in parts for n in p.lengths or ())
-    return Packed(torch.cat([*pieces, tail]), torch.cat(offsets), lengths, max(p.max_length for p in parts), total)
+    rows = pieces[0] if len(pieces) == 1 and not len(tail) else torch.cat([*pieces, tail])
+    longest, shortest = max(p.max_length for p in parts), min(p.shortest for p in parts)
+    return Packed(rows, torch.cat(offsets), lengths, longest, total, shortest)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .dispatch import Op
 from .layout import equal_length, has_tail
-from .packed import Packed, concatenate, from_host, row_index
+from .packed import Packed, concatenate, from_host, round_up, row_index
 
 PATCHIFY = Op("patchify")
 EMBED_VIEWS = Op("embed_views")
@@ -220,20 +220,31 @@ def expand_layout(layout: Packed, index: Tensor, capacity: int | None = None, ro
     lengths = (ends[1:] - ends[:-1])[index.long()]
     offsets = torch.cat([lengths.new_zeros(1), torch.cumsum(lengths, 0)]).to(torch.int32)
     total = index.numel() * layout.max_length if capacity is None else capacity
-    return Packed(layout.rows[:0], offsets, None, layout.max_length, -(-total // row_multiple) * row_multiple)
+    total = round_up(total, row_multiple)
+    return Packed(layout.rows[:0], offsets, None, layout.max_length, total, layout.shortest)
+
+
+def expanded_rows(index: Tensor, source: Packed, target: Packed) -> Tensor:
+    """Row of `source` for each row of `target`, int64 [T]; row 0 for the tail. Made once for an index and a layout."""
+    known = target.cache.get("expanded_rows")
+    if known is None or known[0] is not index or known[1] is not source.offsets:
+        sequence, position, real = row_index(target)
+        which = index.long()[sequence.clamp(max=index.numel() - 1)]
+        known = (index, source.offsets, (source.offsets.long()[which] + position) * real)
+        target.cache["expanded_rows"] = known
+    return known[2]
 
 
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, source: Packed, target: Packed) -> Tensor:
-        sequence, position, real = row_index(target)
-        which = index.long()[sequence.clamp(max=index.numel() - 1)]
-        ctx.rows = (source.offsets.long()[which] + position) * real
+        _, _, real = row_index(target)
+        ctx.rows = expanded_rows(index, source, target)
         ctx.target, ctx.shape, ctx.real = target, rows.shape, real
         ctx.length = equal_length(source)
         ctx.index = index
         out = rows.index_select(0, ctx.rows)
-        return out * real[:, None] if has_tail(target) else out
+        return out.masked_fill_(~real[:, None], 0) if has_tail(target) else out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

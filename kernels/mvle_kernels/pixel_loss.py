@@ -12,6 +12,7 @@ Measured not yet measured on a GPU
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,17 @@ PIXEL_LOSS = Op("masked_pixel_loss")
 KINDS = ("l1", "mse", "l1+mse")
 
 
+def normalised(target_RX: Tensor) -> Tensor:
+    """Each patch by its own mean and deviation, as MAE does: (x - mean) / sqrt(variance + 1e-6)."""
+    variance, mean = torch.var_mean(target_RX, -1, keepdim=True)
+    return (target_RX - mean) / torch.sqrt(variance + 1e-6)
+
+
 def _distance(prediction: Tensor, target: Tensor, real: Tensor, kind: str, per_patch: bool) -> Tensor:
     compute = torch.promote_types(prediction.dtype, torch.float32)
     target = target.to(compute)
     if per_patch:
-        mean = target.mean(-1, keepdim=True)
-        target = (target - mean) / torch.sqrt(target.var(-1, keepdim=True, unbiased=True) + 1e-6)
+        target = normalised(target)
     d = torch.where(real[:, None], prediction.to(compute) - target, target.new_zeros(()))
     if kind == "l1":
         return d.abs().sum()
@@ -55,7 +61,34 @@ def _dense(
     pixels = patches[b, n // down, n % down].flatten(1, 2)  # [R, patch * patch, 3]
     compute = torch.promote_types(prediction.dtype, torch.float32)
     scale, shift = scale_and_shift(mean, std, compute, images.device)
-    return _distance(prediction, (pixels.to(compute) * scale + shift).flatten(1), real, kind, per_patch)
+    target = pixels.to(compute).mul_(scale).add_(shift).flatten(1)
+    if per_patch:
+        target = normalised(target)
+    return _PixelLoss.apply(prediction, target, real, kind)
+
+
+class _PixelLoss(torch.autograd.Function):
+    """The gradient is made with the loss, in the memory of the targets: each value is read once."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, target: Tensor, real: Tensor, kind: str) -> Tensor:
+        d = torch.sub(prediction, target, out=target).masked_fill_(~real[:, None], 0)
+        if kind == "l1":
+            loss, slope = d.abs().sum(), d.sign_
+        elif kind == "mse":
+            loss, slope = d.square().sum(), lambda: d.mul_(2)
+        else:
+            loss = d.abs().sum() + d.square().sum()
+            slope = lambda: torch.add(d.sign(), d, alpha=2, out=d)  # noqa: E731
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(slope().to(prediction.dtype))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grad.to(slope.dtype), None, None, None
 
 
 @PIXEL_LOSS.register("reference", "all patches, then the masked ones")

@@ -124,6 +124,7 @@ def _asked_at_the_end(
         None if queries.lengths is None else queries.lengths[others:],
         queries.max_length,
         queries.total - start,
+        queries.shortest,
     )
     absorbed = Packed.layout_of([heads] * sequences, 1, device)
     first = sum(asked.lengths or ())

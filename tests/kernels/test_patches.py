@@ -17,6 +17,7 @@ from mvle_kernels import (
     sample_patch_mask,
     use_backend,
 )
+from mvle_kernels.layout import may_be_empty
 from mvle_kernels.packed import from_host
 from torch import Tensor
 
@@ -241,3 +242,14 @@ def test_expand_has_the_gradient_of_finite_differences(backend: str) -> None:
         rows = random(source.total, 2).requires_grad_()
         with use_backend(backend):
             assert torch.autograd.gradcheck(lambda r, s=source, w=which: expand(s.with_rows(r), w).rows, [rows])
+
+
+@pytest.mark.parametrize(("lengths", "shortest"), [((3, 5, 2), 2), ((3, 0, 2), 0)])
+def test_what_is_drawn_is_as_long_as_the_shortest_that_can_be(lengths: tuple[int, ...], shortest: int) -> None:
+    source = Packed.layout_of(lengths, 4)
+    drawn = expand_layout(source, torch.tensor([2, 2, 0], dtype=torch.int32))
+
+    assert drawn.lengths is None and drawn.shortest == shortest
+    both = concatenate([source.with_rows(torch.zeros(12, 1)), drawn.with_rows(torch.zeros(drawn.total, 1))])
+    assert both.lengths is None and both.shortest == shortest
+    assert may_be_empty(both) == (shortest == 0)
