@@ -117,6 +117,7 @@ class Metrics:
         replaced: int = 0,
         truncated: int = 0,
         flops: float = 0.0,
+        rows: tuple[int, int] = (0, 0),
     ) -> dict[str, Any] | None:
         """Count one step; at a log step write its row and line, and return the row.
 
@@ -130,6 +131,8 @@ class Metrics:
         truncated  captions of this rank's step that were cut to model.text.max_tokens     } its steps and all ranks
         flops      useful operations of this rank's step (model/flops.py); a row has tflops, 10^12 of them a second and
                    rank, and with a peak_tflops mfu, their share of it
+        rows       (real, all) rows of packed buffers that blocks processed (model/rows.py); padding is the share of those
+                   that were not real, on rank 0
         All ranks must call it at every step: at a log step they add up their sums.
         """
         names = (tuple(sums), tuple(state))
@@ -148,6 +151,7 @@ class Metrics:
         self._replaced += replaced
         self._truncated += truncated
         self._flops += flops
+        self._rows = (self._rows[0] + rows[0], self._rows[1] + rows[1])
         self._steps += 1
         self._lr = lr
         if self._bar is not None:
@@ -198,6 +202,7 @@ class Metrics:
             "pairs/s": self._steps * self.pairs / seconds,
             "tflops": values["work"] / seconds,
             **({} if self.peak_tflops is None else {"mfu": values["work"] / seconds / self.peak_tflops}),
+            "padding": 1 - self._rows[0] / self._rows[1] if self._rows[1] else math.nan,
             "data_wait": min(self._wait / seconds, 1.0),
             "mem_gib": memory_gib(self.parallel.device),
         }
@@ -237,6 +242,7 @@ class Metrics:
         self._totals, self._extra, self._applied = {}, {}, None
         self._wait, self._steps, self._replaced, self._truncated = 0.0, 0, 0, 0
         self._flops = 0.0
+        self._rows = (0, 0)
         self._started, self._paused = time.perf_counter(), 0.0
 
     @contextlib.contextmanager

@@ -25,6 +25,7 @@ from ..data.plan import SamplingPlan
 from ..data.tokenizer import Tokenizer, build_tokenizer
 from ..evaluation.validation import Validation
 from ..model.flops import step_flops, total
+from ..model.rows import processed_rows
 from .build import architecture, build, contrast_over_ranks, describe_build
 from .checkpoint import Checkpointer
 from .checkpoint_files import read_meta
@@ -201,6 +202,7 @@ class Trainer:
             replaced=batch.replaced,
             truncated=batch.truncated,
             flops=self.flops(batch),
+            rows=processed_rows(self.config, batch, self.config.kernels.row_multiple, self.arithmetic.micro),
         )
         skips.note(step + 1, result.skipped, batch.keys, result.broken, result.sums)
 
