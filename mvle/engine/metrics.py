@@ -92,6 +92,7 @@ class Metrics:
         self._applied: Tensor | None = None
         self._wait, self._steps, self._replaced, self._truncated = 0.0, 0, 0, 0
         self._flops = 0.0
+        self._rows = (0, 0)
         self._lr = math.nan  # of the newest step
         self._file: Any = None
         self._bar: Any = None
@@ -131,8 +132,8 @@ class Metrics:
         truncated  captions of this rank's step that were cut to model.text.max_tokens     } its steps and all ranks
         flops      useful operations of this rank's step (model/flops.py); a row has tflops, 10^12 of them a second and
                    rank, and with a peak_tflops mfu, their share of it
-        rows       (real, all) rows of packed buffers that blocks processed (model/rows.py); padding is the share of those
-                   that were not real, on rank 0
+        rows       (real, all) rows of packed buffers that this rank's blocks processed (model/rows.py); a row has
+                   padding, the share of rank 0's that were not real
         All ranks must call it at every step: at a log step they add up their sums.
         """
         names = (tuple(sums), tuple(state))

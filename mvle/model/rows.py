@@ -72,7 +72,7 @@ def step_rows(
 
 
 def processed_rows(config: Sections, batch: Batch, row_multiple: int, micro: int | None = None) -> tuple[int, int]:
-    """(real, all) rows that the blocks of a step over a batch process, in micro-batches of `micro` pairs (None: one)."""
+    """(real, all) rows that blocks process in a step over a batch, in micro-batches of `micro` pairs (None: in one)."""
     lengths, ratios, side = batch.text.lengths or (), batch.image_ratio, batch.images.shape[1]
     micro = micro or len(batch)
     real = total = 0

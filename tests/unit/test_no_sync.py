@@ -143,13 +143,18 @@ def test_a_backward_is_watched_too(fake: bool) -> None:
 
 
 def fake_step(
-    batch: Batch, mode: str, insert: str, losses: tuple[str, ...] = NAMES, backward: bool = False
+    batch: Batch,
+    mode: str,
+    insert: str,
+    losses: tuple[str, ...] = NAMES,
+    backward: bool = False,
+    **more: Any,
 ) -> tuple[int, int]:
     """Copies to the device in a forward on a fake CUDA device, or with its backward on another; and in the backward."""
     weights = [float(name in losses) for name in NAMES]
     with fake_device(backward) as device:
         with device:
-            model = MaskVLM(make_config(mode, insert, weights), VOCABULARY, MASK)
+            model = MaskVLM(make_config(mode, insert, weights, **more), VOCABULARY, MASK)
             counts = torch.ones(4)
         batch = batch.to(device)
         with RefuseSyncs() as watch:
@@ -178,6 +183,12 @@ def test_a_backward_waits_for_nothing_and_tells_the_device_nothing(mode: str, in
 @pytest.mark.parametrize("mode, losses", SUBSETS, ids=str)
 def test_no_subset_of_losses_waits(mode: int, losses: tuple[str, ...]) -> None:
     fake_step(ragged(), *MODES[mode], losses, backward=True)
+
+
+def test_images_that_show_less_do_not_wait() -> None:
+    batch = make_batch((3, 11, 6, 8), ratios=[0.3, 0.5, 0.6, 0.7], side=32)
+
+    fake_step(batch, "drop", "cross", backward=True, clean_keep=0.5)
 
 
 def test_equal_lengths_are_made_on_the_device() -> None:
