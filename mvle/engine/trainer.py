@@ -210,7 +210,12 @@ class Trainer:
         """Useful operations of this rank's step, from what the host knows."""
         lengths, contrasted = batch.text.lengths or (), self.config.batch.total
         parts = step_flops(
-            self.config, self.tokenizer.vocabulary, lengths, batch.image_ratio, contrast_pairs=contrasted
+            self.config,
+            self.tokenizer.vocabulary,
+            lengths,
+            batch.image_ratio,
+            contrast_pairs=contrasted,
+            side=batch.images.shape[1],
         )
         return total(parts).total
 

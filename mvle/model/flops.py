@@ -22,7 +22,7 @@ from functools import reduce
 from operator import add
 from typing import Protocol
 
-from mvle_kernels import round_up
+from mvle_kernels import exact_count, round_up
 
 from ..objectives.config import ObjectivesConfig
 from ..objectives.masking import MaskingConfig
@@ -147,6 +147,7 @@ def step_flops(
     *,
     drawn: Sequence[int] | None = None,
     contrast_pairs: int | None = None,
+    side: int | None = None,
 ) -> dict[str, Flops]:
     """Useful operations of one step, forward and backward, by part; parts that nothing asks for are left out.
 
@@ -155,6 +156,7 @@ def step_flops(
     lengths         tokens of each pair's caption, with bos and eos
     image_ratios    share of cells masked in each pair's image
     drawn           length of the other caption that matching draws for each pair; None: those of `lengths`
+    side            of the images, pixels; None: model.image.size (schedule.resolution has phases of less)
     contrast_pairs  pairs that each pair is contrasted with, over all ranks; None: these alone
 
     patches             pixels to rows, once for both views
@@ -165,7 +167,8 @@ def step_flops(
     """
     model, kinds = config.model, config.objectives
     sizes, D, pairs = Sizes.of(model), model.width, len(lengths)
-    patches, masked, masked_rows = _images(config, image_ratios)
+    patches, masked, masked_rows = _images(config, image_ratios, side)
+    clean = [1 + exact_count(config.masking.clean_keep, patches)] * pairs  # rows of each clean image view, in training
     whole, words = [patches + 1] * pairs, [masked_token_count(n, config.masking.text_ratio) for n in lengths]
     mim, mlm, itc, itm = (o.weight > 0 for o in (kinds.mim, kinds.mlm, kinds.itc, kinds.itm))
     other = list(lengths) if drawn is None else list(drawn)
@@ -173,24 +176,24 @@ def step_flops(
     X = 3 * model.image.patch**2
 
     forward: dict[str, int] = {
-        "image clean": model.image.depth * sizes.block(whole) * clean_image,
+        "image clean": model.image.depth * sizes.block(clean) * clean_image,
         "image masked": model.image.depth * sizes.block(masked_rows) * mim,
         "text": model.text.depth * sizes.block(lengths) * (clean_text + mlm),
     }
     # the cross stages: who asks, what each sequence reads, what is read of it
     inserted = masked_rows if config.masking.insert == "decoder" else whole
     to_images = {"mim": Asked(inserted, inserted, lengths, None)} if mim else {}
-    to_texts = {"mlm": Asked(lengths, lengths, whole, words)} if mlm else {}
+    to_texts = {"mlm": Asked(lengths, lengths, clean, words)} if mlm else {}
     if itm:
-        to_images["itm"] = Asked(whole, whole * 3, [*lengths, *lengths, *other], "global")
-        to_texts["itm"] = Asked(lengths, [*lengths, *lengths, *other], whole * 3, "global")
+        to_images["itm"] = Asked(clean, clean * 3, [*lengths, *lengths, *other], "global")
+        to_texts["itm"] = Asked(lengths, [*lengths, *lengths, *other], clean * 3, "global")
     for stage in (to_images, to_texts):
         for name, work in zip(stage, sizes.stage([*stage.values()], model.cross_depth), strict=True):
             forward[name] = forward.get(name, 0) + work
     if mim:
         forward["decoder"] = sizes.stage([Asked(whole, whole, lengths, masked)], model.decoder_depth)[0]
     rows = sum(lengths) * (model.cross_depth * bool(to_images) + model.decoder_depth * mim)
-    rows += sum(whole) * model.cross_depth * bool(to_texts)
+    rows += sum(clean) * model.cross_depth * bool(to_texts)
     forward["contexts"] = sizes.linear(rows, 2)
     forward["heads"] = 2 * D * (sum(masked) * X * mim + sum(words) * vocabulary * mlm)
     forward["heads"] += 2 * D * pairs * (2 * model.projection * itc + 3 * 2 * itm)
@@ -251,9 +254,11 @@ def plain_flops(
     return parts
 
 
-def _images(config: Sections, ratios: Sequence[float]) -> tuple[int, list[int], list[int]]:
+def _images(config: Sections, ratios: Sequence[float], side: int | None = None) -> tuple[int, list[int], list[int]]:
     """(patches of an image, how many are masked in each, rows of each masked view)."""
     image, masking = config.model.image, config.masking
+    if side is not None:
+        image = image.model_copy(update={"size": side})
     patches = image.grid[0] * image.grid[1]
     masked = [masked_cells(r, masking, image) * (masking.cell // image.patch) ** 2 for r in ratios]
     return patches, masked, [1 + patches - m * (masking.mode == "drop") for m in masked]

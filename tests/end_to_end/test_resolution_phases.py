@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mvle.data.batch import Batch
-from mvle.engine.metrics import read_rows
+from mvle.engine.metrics import Metrics, read_rows
 from mvle.engine.train_step import TrainStep
 from mvle.evaluation.validation import Validation
 from mvle.train import main
@@ -31,7 +31,8 @@ def test_a_run_interrupted_around_a_change_of_size_ends_in_the_same_weights_bit_
     straight, broken = (write_config(tmp_path / name, 6, **SECTIONS) for name in ("straight", "broken"))
     seen: list[tuple[int, int]] = []
     interrupted: list[int] = []
-    call, losses = TrainStep.__call__, Validation.losses
+    work: list[int] = []
+    call, losses, update = TrainStep.__call__, Validation.losses, Metrics.update
 
     def watched(self: TrainStep, step: int, batch: Batch) -> object:
         if step in interrupted:
@@ -45,11 +46,17 @@ def test_a_run_interrupted_around_a_change_of_size_ends_in_the_same_weights_bit_
         assert self.split.batch([0]).images.shape[1] == 64
         return losses(self, model, *rest)
 
+    def counted(self: Metrics, *values: object, flops: int, **others: object) -> None:
+        work.append(flops)
+        update(self, *values, flops=flops, **others)
+
+    monkeypatch.setattr(Metrics, "update", counted)
     monkeypatch.setattr(TrainStep, "__call__", watched)
     monkeypatch.setattr(Validation, "losses", validated)
     assert main([str(straight)]) == 0
     said = capsys.readouterr().out
     assert seen == [(0, 32), (1, 32), (2, 32), (3, 32), (4, 64), (5, 64)]
+    assert min(work[4:]) > 1.5 * max(work[:4])  # useful operations are those of the images that came
     assert "approximate images of 32 pixels until step 4 of 6, positions resampled" in said
     assert "approximate clean image views show 0.5 of their patches in training" in said
     assert "images have 64 pixels a side from step 5 on" in said

@@ -40,7 +40,10 @@ CASES = [
     ({}, (0, 0, 1, 0)),
     ({}, (0, 0, 0, 1)),  # only first rows are read, and negatives are drawn without similarities
     ({"cross_depth": 1}, (1, 0, 0, 1)),
+    ({"clean_keep": 0.5}, ALL),
+    ({"mode": "drop", "clean_keep": 0.3}, ALL),
 ]
+PLAIN_CASES = [(options, weights) for options, weights in CASES if "clean_keep" not in options]
 
 
 @contextmanager
@@ -114,6 +117,17 @@ def test_the_formula_is_what_torch_counts_in_the_step(options: dict[str, Any], w
     assert total(parts) == counted, parts
 
 
+@pytest.mark.parametrize("mode", ["replace", "drop"])
+def test_it_knows_shortened_clean_views_and_smaller_images(mode: str) -> None:
+    config = make_config(mode, row_multiple=1, clean_keep=0.5)
+    model, batch = make_model(config, dtype=torch.float32), make_batch(LENGTHS, ratios=RATIOS, row_multiple=1, side=32)
+
+    counted, drawn = counted_step(model, batch)
+    expected = total(step_flops(config, VOCABULARY, LENGTHS, RATIOS, drawn=drawn, side=32))
+
+    assert 0 <= counted.total - expected.total < 0.001 * counted.total  # the resampling of positions is not counted
+
+
 def test_it_is_at_the_size_of_vit_s_too() -> None:
     model, batch = vit_s()
     assert batch.text.lengths is not None
@@ -134,7 +148,7 @@ def test_without_the_draw_it_is_right_within_one_percent() -> None:
     assert abs(expected.total - counted.total) <= 0.01 * counted.total
 
 
-@pytest.mark.parametrize(("options", "weights"), CASES)
+@pytest.mark.parametrize(("options", "weights"), PLAIN_CASES)
 @pytest.mark.parametrize("length", [None, 16])
 def test_the_plain_formula_is_what_torch_counts_in_the_plain_graph(
     options: dict[str, Any], weights: Any, length: int | None

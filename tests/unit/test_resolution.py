@@ -13,6 +13,7 @@ from mvle_kernels import mask_of
 from pydantic import ValidationError
 from torch import Tensor
 
+from benchmarks.nosync import RefuseSyncs, fake_device
 from mvle.config import ConfigError, load_config
 from mvle.data.decode import decode_window
 from mvle.data.loader import DataConfig, Loader
@@ -24,7 +25,7 @@ from mvle.model.model import MaskVLM
 from mvle.model.queries import View
 
 from ..agreement import MODES, SEED, gradients
-from ..helpers import make_batch, make_config, make_model
+from ..helpers import MASK, VOCABULARY, make_batch, make_config, make_model
 from .data_files import make_shards
 
 POSITIONS = ("image_encoder.positions", "insert_positions")
@@ -106,6 +107,17 @@ def test_masks_counts_and_shown_patches_follow_the_images(monkeypatch: pytest.Mo
     model.image_encoder.register_forward_hook(lambda m, a, out: rows.append(sum(out.lengths)))
     model(batch, SEED, model.counts(batch))
     assert rows == [8 * 3 + 4 * (2 + 4)]
+
+
+@pytest.mark.parametrize(("mode", "insert"), MODES)
+def test_neither_approximation_waits_for_the_device(mode: str, insert: str) -> None:
+    with fake_device(backward=True) as device:
+        with device:
+            model, counts = MaskVLM(make_config(mode, insert, clean_keep=0.5), VOCABULARY, MASK), torch.ones(4)
+        batch = make_batch(side=32).to(device)
+        with RefuseSyncs():
+            model(batch, SEED, counts).total.backward()
+            model.contrast_embeddings(batch, SEED)
 
 
 def test_images_that_do_not_fit_are_refused() -> None:
