@@ -261,14 +261,14 @@ def plan_ranks(
     room = None if gib is None else gib * 2**30 * (1 - MARGIN)
     fits = []
     for choice, line in lines.items():
-        now = (None, None) if micro is None or per_rank is None else needed(line, micro, per_rank)
+        now = None if micro is None or per_rank is None else needed(line, micro, per_rank)
         largest = best = None
         if room is not None:
             largest = _largest(lambda n, line=line: needed(line, n, n)[1] <= room, group)  # type: ignore[misc]
             if per_rank is not None:
                 divisors = [n for n in range(group, per_rank + 1, group) if per_rank % n == 0]
                 best = max((n for n in divisors if needed(line, n, per_rank)[1] <= room), default=None)
-        fits.append(Fit(choice, *now, largest, best))
+        fits.append(Fit(choice, now and now[0], now and now[1], largest, best))
     memory = rank_memory(weights, shard, accumulate, ema)
     moved = traffic(config, weights, replicate, shard, per_rank or 0, accumulate)
     return RankPlan(ranks, replicate, shard, problem, micro, accumulate, memory, moved, tuple(fits))

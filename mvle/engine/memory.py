@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from mvle_kernels import Packed, contrastive_loss
@@ -33,14 +33,24 @@ if TYPE_CHECKING:
 
 class LiveBytes(TorchDispatchMode):
     """Counts bytes of storages that ops make while it is active: `live` now, `peak` at most. `ignore`: storages that
-    were there before, which an op may return again."""
+    were there before, which an op may return again.
+    A storage that is resized counts as what it then is: sharding empties its buffers so."""
 
     def __init__(self, ignore: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: Any = WeakIdKeyDictionary()
+        self._sizes: Any = WeakIdKeyDictionary()  # storage -> [bytes], None for those to ignore
         for tensor in ignore:
-            self._known[tensor.untyped_storage()] = True
+            self._sizes[tensor.untyped_storage()] = None
+
+    def __enter__(self) -> Self:
+        self._resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = self._resized()  # type: ignore[method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -50,16 +60,28 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
+        if storage in self._sizes:
             return
-        self._known[storage] = True
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, size)
+        size = [0]
+        self._sizes[storage] = size
+        weakref.finalize(storage, self._set, size, 0)
+        self._set(size, storage.nbytes())
 
-    def _free(self, size: int) -> None:
-        self.live -= size
+    def _set(self, size: list[int], now: int) -> None:
+        self.live += now - size[0]
+        size[0] = now
+        self.peak = max(self.peak, self.live)
+
+    def _resized(self) -> Any:
+        resize = self._resize
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            out = resize(storage, size)
+            if (known := self._sizes.get(storage)) is not None:
+                self._set(known, size)
+            return out
+
+        return resize_
 
 
 def typical_batch(config: Config, pairs: int) -> Batch:

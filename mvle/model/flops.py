@@ -224,6 +224,7 @@ def plain_flops(
     mim, mlm, itc, itm = (o.weight > 0 for o in (kinds.mim, kinds.mlm, kinds.itc, kinds.itm))
     X = 3 * model.image.patch**2
     images, texts = [patches + 1] * pairs, [L] * pairs
+    clean = [1 + exact_count(config.masking.clean_keep, patches)] * pairs
     visible = [max(masked_rows)] * pairs
     pixels = 2 * pairs * patches * X * D
 
@@ -235,16 +236,16 @@ def plain_flops(
     parts: dict[str, Flops] = {"text": learned(text) if mim or itc or itm else Flops(text, 0)}
     if mlm:
         parts["text"] += learned(text)
-        parts["mlm"] = learned(crossed(texts, images, model.cross_depth))
+        parts["mlm"] = learned(crossed(texts, clean, model.cross_depth))
     if mim:
         parts["image masked"] = learned(model.image.depth * sizes.block(visible)) + Flops(pixels, pixels)
         inserted = visible if config.masking.insert == "decoder" else images
         parts["mim"] = learned(crossed(inserted, texts, model.cross_depth))
         parts["decoder"] = learned(crossed(images, texts, model.decoder_depth))
     if mlm or itc or itm:
-        parts["image clean"] = learned(model.image.depth * sizes.block(images)) + Flops(pixels, pixels)
+        parts["image clean"] = learned(model.image.depth * sizes.block(clean)) + Flops(pixels, pixels)
     if itm:
-        one = crossed(images, texts, model.cross_depth) + crossed(texts, images, model.cross_depth)
+        one = crossed(clean, texts, model.cross_depth) + crossed(texts, clean, model.cross_depth)
         draw = 2 * pairs * kinds.itm.group * model.projection * itc
         parts["itm"] = learned(3 * one) + Flops(draw, 0)
     heads = 2 * D * pairs * (patches * X * mim + L * round_up(vocabulary, 128) * mlm)

@@ -43,7 +43,6 @@ CASES = [
     ({"clean_keep": 0.5}, ALL),
     ({"mode": "drop", "clean_keep": 0.3}, ALL),
 ]
-PLAIN_CASES = [(options, weights) for options, weights in CASES if "clean_keep" not in options]
 
 
 @contextmanager
@@ -99,7 +98,7 @@ def small_step(options: dict[str, Any], weights: Any, lengths: tuple[int, ...] =
 
 def vit_s() -> tuple[MaskVLM, Batch]:
     """ViT-S/16 blocks at 112 px, four pairs, 4,000 words."""
-    sizes = "{width: 384, heads: 6, image: {size: 112, depth: 3}, text: {depth: 3}, cross_depth: 2, decoder_depth: 2}"
+    sizes = "{width: 384, heads: 6, image: {size: 112, depth: 2}, text: {depth: 2}, cross_depth: 2, decoder_depth: 1}"
     overrides = [f"model={sizes}", "masking.cell=16", "objectives.itm.group=4", "batch.total=4", "data.slots=4"]
     config = load_config(None, [*overrides, "kernels.row_multiple=1"])
     model = MaskVLM(config, 4000, MASK)
@@ -148,8 +147,7 @@ def test_without_the_draw_it_is_right_within_one_percent() -> None:
     assert abs(expected.total - counted.total) <= 0.01 * counted.total
 
 
-@pytest.mark.parametrize(("options", "weights"), PLAIN_CASES)
-@pytest.mark.parametrize("length", [None, 16])
+@pytest.mark.parametrize(("options", "weights", "length"), [(*case, 16) for case in CASES] + [({}, ALL, None)])
 def test_the_plain_formula_is_what_torch_counts_in_the_plain_graph(
     options: dict[str, Any], weights: Any, length: int | None
 ) -> None:
