@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,8 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .engine.gpus import GPUS
     from .engine.parallel import ParallelError
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    gpu = None if options.gpu is None else GPUS.get(options.gpu.lower())
     if options.gpu is not None and gpu is None:
         return refuse(f"--gpu must be one of {', '.join(GPUS)}; got {options.gpu}.")
     try:
