@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .engine.gpus import GPUS
     from .engine.parallel import ParallelError
 
+    gpu = None if options.gpu is None else GPUS.get(options.gpu.lower())
     if options.gpu is not None and gpu is None:
         return refuse(f"--gpu must be one of {', '.join(GPUS)}; got {options.gpu}.")
     try:

@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,11 @@ Negatives = tuple[Tensor, Tensor, Tensor]
 @dataclass(frozen=True, eq=False)
 class PlainInputs:
     """One batch, padded, with its masks: what every plain pass reads. Masks are True where masked; clean_left_out_BN is
-    True where the clean image goes without a patch, None where it is whole."""
+    True where the clean image goes without a patch, None where it is whole.
+
+    most_visible, most_shown: patches of the masked and of the clean image that shows most of them (so that no pass
+    waits for the device to learn it)
+    """
 
     batch: Batch
     seed: int
@@ -55,20 +60,31 @@ class PlainInputs:
     masked_tokens_BL: Tensor | None
     token_masked_BL: Tensor | None
     patch_masked_BN: Tensor | None
+    most_visible: int | None
     clean_left_out_BN: Tensor | None = None
+    most_shown: int | None = None
 
 
-def plain_inputs(model: MaskVLM, batch: Batch, seed: int, length: int | None = None) -> PlainInputs:
+class Masking(Protocol):
+    """What masks depend on; a MaskVLM has it."""
+
+    config: Any
+    vocabulary: int
+    mask_id: int
+
+
+def plain_inputs(model: Masking, batch: Batch, seed: int, length: int | None = None) -> PlainInputs:
     """Pad the captions of a batch to `length` tokens (None: the longest) and draw the masks that the model would."""
     config = model.config
     kinds, N = config.objectives, patches_of(model, batch.images)
     tokens_BL, real_BL = padded(batch.text.unpack(), length)
-    patch_masked_BN = masked_tokens_BL = token_masked_BL = clean_left_out_BN = None
+    patch_masked_BN = masked_tokens_BL = token_masked_BL = clean_left_out_BN = most_visible = most_shown = None
     if kinds.mim.weight:
         _, masked = choose_image_masks(batch, seed, config.masking, config.model.image, 1)
         patch_masked_BN = torch.zeros(len(batch), N, dtype=torch.bool, device=batch.images.device)
         for b, patches in enumerate(masked.unpack()):
             patch_masked_BN[b, patches.long()] = True
+        most_visible = int((~patch_masked_BN).sum(1).max())
     if kinds.mlm.weight:
         tokens, _, within, _ = choose_token_masks(batch, seed, config.masking, model.mask_id, model.vocabulary, 1)
         masked_tokens_BL, _ = padded(tokens.unpack(), length)
@@ -80,9 +96,9 @@ def plain_inputs(model: MaskVLM, batch: Batch, seed: int, length: int | None = N
         clean_left_out_BN = torch.ones(len(batch), N, dtype=torch.bool, device=batch.images.device)
         for b, patches in enumerate(shown.unpack()):
             clean_left_out_BN[b, patches.long()] = False
-    return PlainInputs(
-        batch, seed, tokens_BL, real_BL, masked_tokens_BL, token_masked_BL, patch_masked_BN, clean_left_out_BN
-    )
+        most_shown = int((~clean_left_out_BN).sum(1).max())
+    masks = (masked_tokens_BL, token_masked_BL, patch_masked_BN, most_visible, clean_left_out_BN, most_shown)
+    return PlainInputs(batch, seed, tokens_BL, real_BL, *masks)
 
 
 def plain_losses(model: MaskVLM, batch: Batch, seed: int, negatives: Negatives | None = None) -> dict[str, Tensor]:
@@ -102,7 +118,7 @@ def padded(captions: list[Tensor], length: int | None) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(L, device=tokens.device) < lengths[:, None]
 
 
-def patches_of(model: MaskVLM, images: Tensor) -> int:
+def patches_of(model: Masking, images: Tensor) -> int:
     """Patches of an image."""
     return (images.shape[1] // model.config.model.image.patch) ** 2
 
@@ -144,13 +160,34 @@ class Plain:
         k, v = F.linear(context, weight, bias).chunk(2, -1)
         return self.linear(f"{name}.proj", self.attention(self.linear(f"{name}.query", x), k, v, context_real))
 
+    # ---- blocks -----------------------------------------------------------------------------------------------------
+
+    def image_block(self, name: str, x: Tensor, real: Tensor | None) -> Tensor:
+        """Pre-norm: self-attention, feed-forward."""
+        x = x + self.self_attention(f"{name}.attn", self.norm(f"{name}.norm1", x, 1e-6), real)
+        return x + self.mlp(f"{name}.mlp", self.norm(f"{name}.norm2", x, 1e-6))
+
+    def text_block(self, name: str, x: Tensor, real_BL: Tensor) -> Tensor:
+        """Post-norm: self-attention, feed-forward."""
+        x = self.norm(f"{name}.norm1", x + self.self_attention(f"{name}.attn", x, real_BL), 1e-5)
+        return self.norm(f"{name}.norm2", x + self.mlp(f"{name}.mlp", x), 1e-5)
+
+    def cross_block(
+        self, stage: str, i: int, x: Tensor, real: Tensor | None, context: Tensor, context_real: Tensor | None
+    ) -> Tensor:
+        """Pre-norm: self-attention, cross-attention, feed-forward."""
+        name = f"{stage}.blocks.{i}"
+        x = x + self.self_attention(f"{name}.attn", self.norm(f"{name}.norm1", x, 1e-6), real)
+        x = x + self.cross_attention(stage, i, self.norm(f"{name}.norm2", x, 1e-6), context, context_real)
+        return x + self.mlp(f"{name}.mlp", self.norm(f"{name}.norm3", x, 1e-6))
+
     # ---- encoders ---------------------------------------------------------------------------------------------------
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 [B, height, width, 3] -> normalised patches [B, N, X], values ordered (row, column, channel)."""
         image = self.config.model.image
         B, p, rows, columns = len(images), image.patch, images.shape[1] // image.patch, images.shape[2] // image.patch
-        x = images.to(self.weights["image_encoder.positions"].dtype) / 255
+        x = images.to(self.weights["heads.pixels.weight"].dtype) / 255
         x = (x - x.new_tensor(image.mean)) / x.new_tensor(image.std)
         return x.reshape(B, rows, p, columns, p, 3).permute(0, 1, 3, 2, 4, 5).reshape(B, rows * columns, p * p * 3)
 
@@ -164,10 +201,17 @@ class Plain:
         return torch.cat([weight[:1], small.flatten(2)[0].T])
 
     def image_encoder(
-        self, images: Tensor, masked_BN: Tensor | None = None, left_out_BN: Tensor | None = None
+        self,
+        images: Tensor,
+        masked_BN: Tensor | None = None,
+        left_out_BN: Tensor | None = None,
+        most_visible: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(rows [B, 1 + N, D], None), or where patches are left out, which drop mode does with masked ones, (rows
-        [B, 1 + V, D] of the others, which are real)."""
+        [B, 1 + V, D] of the others, which are real).
+
+        most_visible: V, patches of the image that shows most of them; None: they are counted.
+        """
         w, name = self.weights, "image_encoder"
         x = self.linear(f"{name}.patch_embed", self.pixels(images))
         positions, real = self.positions(f"{name}.positions", x.shape[1]), None
@@ -177,17 +221,14 @@ class Plain:
         elif masked_BN is not None:
             left_out_BN = masked_BN
         if left_out_BN is not None:
-            visible = (~left_out_BN).sum(1)
-            real = torch.arange(int(visible.max()), device=x.device) < visible[:, None]
-            left = x.new_zeros(*real.shape, x.shape[-1])
-            left[real] = x[~left_out_BN]
-            x, real = left, F.pad(real, (1, 0), value=True)
+            V = int((~left_out_BN).sum(1).max()) if most_visible is None else most_visible
+            visible_BV = left_out_BN.byte().argsort(dim=1, stable=True)[:, :V]  # in order; then others, as padding
+            x = x.gather(1, visible_BV[..., None].expand(-1, -1, x.shape[-1]))
+            real = F.pad(~left_out_BN.gather(1, visible_BV), (1, 0), value=True)
         first = (w[f"{name}.class_token"] + positions[0]).expand(len(x), 1, -1)
         x = torch.cat([first, x], 1)
         for i in range(self.config.model.image.depth):
-            block = f"{name}.blocks.{i}"
-            x = x + self.self_attention(f"{block}.attn", self.norm(f"{block}.norm1", x, 1e-6), real)
-            x = x + self.mlp(f"{block}.mlp", self.norm(f"{block}.norm2", x, 1e-6))
+            x = self.image_block(f"{name}.blocks.{i}", x, real)
         return self.norm(f"{name}.norm", x, 1e-6), real
 
     def text_encoder(self, tokens_BL: Tensor, real_BL: Tensor) -> Tensor:
@@ -196,9 +237,7 @@ class Plain:
         x = F.embedding(tokens_BL, w[f"{name}.words.weight"]) + w[f"{name}.positions"][: tokens_BL.shape[1]]
         x = self.norm(f"{name}.norm", x, 1e-5)
         for i in range(self.config.model.text.depth):
-            block = f"{name}.blocks.{i}"
-            x = self.norm(f"{block}.norm1", x + self.self_attention(f"{block}.attn", x, real_BL), 1e-5)
-            x = self.norm(f"{block}.norm2", x + self.mlp(f"{block}.mlp", x), 1e-5)
+            x = self.text_block(f"{name}.blocks.{i}", x, real_BL)
         return x
 
     # ---- cross encoders and decoder ---------------------------------------------------------------------------------
@@ -207,33 +246,34 @@ class Plain:
         """G_i, G_t or D: rows [B, L, D] that read the other side's rows [B, L', D] in every block."""
         depth = self.config.model.decoder_depth if stage == "decoder" else self.config.model.cross_depth
         for i in range(depth):
-            block = f"{stage}.blocks.{i}"
-            x = x + self.self_attention(f"{block}.attn", self.norm(f"{block}.norm1", x, 1e-6), real)
-            x = x + self.cross_attention(stage, i, self.norm(f"{block}.norm2", x, 1e-6), context, context_real)
-            x = x + self.mlp(f"{block}.mlp", self.norm(f"{block}.norm3", x, 1e-6))
+            x = self.cross_block(stage, i, x, real, context, context_real)
         return self.norm(f"{stage}.norm", x, 1e-6)
 
-    def insert(self, x: Tensor, real: Tensor, masked_BN: Tensor) -> Tensor:
+    def insert(self, x: Tensor, masked_BN: Tensor) -> Tensor:
         """Class and visible rows [B, 1 + V, D] -> [B, 1 + N, D], mask tokens with their positions at masked patches."""
         tokens = self.weights["insert_token"] + self.positions("insert_positions", masked_BN.shape[1])[1:]
-        patches = tokens.expand(len(x), -1, -1).clone()
-        patches[~masked_BN] = x[:, 1:][real[:, 1:]]
-        return torch.cat([x[:, :1], patches], 1)
+        row_BN = (~masked_BN).cumsum(1)  # of x, behind the class, that is the patch if it is visible
+        patches = x.gather(1, row_BN[..., None].expand(-1, -1, x.shape[-1]))
+        return torch.cat([x[:, :1], torch.where(masked_BN[..., None], tokens, patches)], 1)
 
     # ---- losses -----------------------------------------------------------------------------------------------------
 
     def mim(self, inputs: PlainInputs, text: Tensor) -> Tensor:
-        """Mean distance of predicted and true pixels over masked patches."""
+        """The masked image through its encoder, cross encoder and decoder."""
         images, masked_BN, masking = inputs.batch.images, inputs.patch_masked_BN, self.config.masking
         assert masked_BN is not None
-        x, real = self.image_encoder(images, masked_BN)
+        x, real = self.image_encoder(images, masked_BN, None, inputs.most_visible)
         if real is not None and masking.insert == "cross":
-            x, real = self.insert(x, real, masked_BN), None
+            x, real = self.insert(x, masked_BN), None
         x = self.cross("image_cross", x, real, text, inputs.real_BL)
         if real is not None:
-            x = self.insert(x, real, masked_BN)
+            x = self.insert(x, masked_BN)
         x = self.cross("decoder", x, None, text, inputs.real_BL)
-        predicted, target = self.linear("heads.pixels", x[:, 1:]), self.pixels(images)
+        return self.pixel_loss(x[:, 1:], images, masked_BN)
+
+    def pixel_loss(self, x: Tensor, images: Tensor, masked_BN: Tensor) -> Tensor:
+        """Mean distance of predicted and true pixels over masked patches; rows [B, N, D]."""
+        predicted, target = self.linear("heads.pixels", x), self.pixels(images)
         kind = self.config.objectives.mim
         if kind.per_patch:
             variance, mean = torch.var_mean(target, -1, keepdim=True)
@@ -243,12 +283,16 @@ class Plain:
         return (distance * masked_BN[..., None]).sum() / (masked_BN.sum() * d.shape[-1])
 
     def mlm(self, inputs: PlainInputs, image: Tensor) -> Tensor:
-        """Mean -log p of the true word over masked tokens."""
+        """The masked caption through its encoder and cross encoder."""
         tokens, chosen = inputs.masked_tokens_BL, inputs.token_masked_BL
         assert tokens is not None and chosen is not None
         x = self.cross("text_cross", self.text_encoder(tokens, inputs.real_BL), inputs.real_BL, image, None)
+        return self.word_loss(x, inputs.tokens_BL, chosen)
+
+    def word_loss(self, x: Tensor, true_BL: Tensor, chosen: Tensor) -> Tensor:
+        """Mean -log p of the true word over masked tokens; rows [B, L, D]."""
         logits = self.linear("heads.tokens", x)[..., : self.vocabulary]
-        loss = F.cross_entropy(logits.flatten(0, 1), inputs.tokens_BL.flatten(), reduction="none")
+        loss = F.cross_entropy(logits.flatten(0, 1), true_BL.flatten(), reduction="none")
         return (loss * chosen.flatten()).sum() / chosen.sum().clamp(min=1)
 
     def embed(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,7 +307,7 @@ class Plain:
         equal = batch.image_ids[:, None] == batch.image_ids
         equal |= batch.text_ids[:, None] == batch.text_ids
         s = (z_i @ z_t.T / self.weights["heads.temperature.log_value"].exp()).masked_fill(equal & ~own, -torch.inf)
-        return -(s.log_softmax(1)[own].mean() + s.log_softmax(0)[own].mean()) / 2
+        return -(s.log_softmax(1).diagonal().mean() + s.log_softmax(0).diagonal().mean()) / 2
 
     def itm(self, inputs: PlainInputs, image: Tensor, text: Tensor, negatives: Negatives) -> Tensor:
         """Mean cross-entropy of: the pair itself, its caption with another image, its image with another caption."""
@@ -292,7 +336,9 @@ class Plain:
             losses["mim"] = self.mim(inputs, text)
         if not (kinds.mlm.weight or kinds.itc.weight or kinds.itm.weight):
             return losses
-        image, _ = self.image_encoder(batch.images, None, inputs.clean_left_out_BN)  # equally many rows, all real
+        image, _ = self.image_encoder(
+            batch.images, None, inputs.clean_left_out_BN, inputs.most_shown
+        )  # equally many rows, all real
         if kinds.mlm.weight:
             losses["mlm"] = self.mlm(inputs, image)
         step = Step(batch, inputs.seed, 1, Choices())

@@ -108,10 +108,10 @@ def plain_pixels(model: MaskVLM, images: Tensor, masked: Tensor, text: Packed) -
     context = plain.text_encoder(tokens, real)
     x, visible = plain.image_encoder(images, masked)
     if visible is not None and config.masking.insert == "cross":
-        x, visible = plain.insert(x, visible, masked), None
+        x, visible = plain.insert(x, masked), None
     x = plain.cross("image_cross", x, visible, context, real)
     if visible is not None:
-        x = plain.insert(x, visible, masked)
+        x = plain.insert(x, masked)
     predicted = plain.linear("heads.pixels", plain.cross("decoder", x, None, context, real)[:, 1:])
     image = config.model.image
     if config.objectives.mim.per_patch:

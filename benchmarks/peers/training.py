@@ -1,0 +1,71 @@
+"""What the peers share around their losses: padded inputs, first weights, and the optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mvle.config import Config
+from mvle.engine.optim import clip_and_step
+from mvle.model.config import ImageEncoderConfig
+
+from . import Step
+
+
+@dataclass(frozen=True)
+class Sized:
+    """What `plain_inputs` asks of a model, for a peer that is no MaskVLM."""
+
+    config: Config
+    vocabulary: int
+    mask_id: int
+
+
+class Decayed:
+    """A module as the engine's optimizer wants to see it: matrices decay, and no part has a rate of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters()
+
+    def decay(self, name: str, parameter: Tensor) -> bool:
+        return parameter.ndim >= 2 and "position" not in name and "token" not in name.rsplit(".", 1)[-1]
+
+    def is_encoder(self, name: str) -> bool:
+        return False
+
+
+def training_step(
+    optimizer: torch.optim.Optimizer,
+    losses: Callable[[], Mapping[str, Tensor]],
+    weights: Mapping[str, float] | None,
+    clip: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Step:
+    """One optimizer step a call, over the sum of `losses()`, weighted by name (None: all by 1).
+
+    A call returns the losses, detached, and `skipped`: 1 where the gradient was not finite, and so nothing was learned.
+    Clipping is the engine's, which costs no pass over the gradients: a peer's step is no slower than ours there.
+    """
+
+    def step() -> dict[str, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            found = losses()
+        torch.stack([loss * (weights[name] if weights else 1) for name, loss in found.items()]).sum().backward()
+        _, skipped = clip_and_step(optimizer, clip)
+        return {name: loss.detach() for name, loss in found.items()} | {"skipped": skipped}
+
+    return step
+
+
+def normalised(images: Tensor, image: ImageEncoderConfig) -> Tensor:
+    """uint8 [B, height, width, 3] -> float32 [B, 3, height, width], minus the set's mean, over its deviation."""
+    x = images.to(torch.float32) / 255
+    return ((x - x.new_tensor(image.mean)) / x.new_tensor(image.std)).permute(0, 3, 1, 2)
