@@ -20,7 +20,7 @@ from mvle.engine.checkpoint import Checkpointer
 from mvle.engine.parallel import Parallel
 from mvle.engine.train_step import TrainStep
 
-from .test_step import MASK, VOCABULARY, make_batch
+from .shapes import MASK, SHAPES, SHAPES_BPE
 
 
 class ContrastWithinMicro(TrainStep):
@@ -33,14 +33,14 @@ class ContrastWithinMicro(TrainStep):
 def made(*overrides: str) -> tuple[Config, Built]:
     config = load_config("tiny", ["run.device=cpu", "objectives.itm.group=8", *overrides])
     with Parallel.start(config.parallel, "cpu") as parallel:
-        return config, build(config, parallel, VOCABULARY, MASK)
+        return config, build(config, parallel, SHAPES_BPE, MASK)
 
 
 def step_of(kind: type[TrainStep], *overrides: str) -> Any:
     config, built = made(*overrides)
     parallel = Parallel(0, 1, torch.device("cpu"))
     step = kind(config, parallel, check_ranks(config, 1), built)
-    batch = make_batch()
+    batch = SHAPES["tiny"].batch()
     return lambda: step(0, batch)
 
 
@@ -74,7 +74,7 @@ def test_accumulation(benchmark: Any, kind: type[TrainStep], micro: int) -> None
 @pytest.mark.benchmark(group="save, tiny")
 def test_save(benchmark: Any, tmp_path: Path, asynchronous: bool) -> None:
     config, built = made(f"checkpoint.asynchronous={asynchronous}".lower())
-    TrainStep(config, Parallel(0, 1, torch.device("cpu")), check_ranks(config, 1), built)(0, make_batch())
+    TrainStep(config, Parallel(0, 1, torch.device("cpu")), check_ranks(config, 1), built)(0, SHAPES["tiny"].batch())
     with Parallel.start(config.parallel, "cpu") as parallel:
         checkpoints = Checkpointer(tmp_path, config.checkpoint, parallel)
         at = iter(range(1, 1000))

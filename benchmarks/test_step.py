@@ -1,82 +1,116 @@
-"""One question: how long is a training step (forward, backward, clipped optimizer step), ours against the plain graph?
+"""One question: how long is a training step (forward, backward, clipped optimizer step), and what does it take?
 
-    pytest benchmarks/ --benchmark-only
+    pytest benchmarks/test_step.py --benchmark-only                                 a table at the end
+    pytest benchmarks/test_step.py --benchmark-only --benchmark-json=run.json       python -m benchmarks.report run.json
 
-Shape: tiny at 32 pairs, captions as long as those of shapes. Both providers have equal weights, the same batch and the
-same optimizer; the plain graph pads to the longest caption and is not charged for drawing its masks. Read the ratio of
-their medians in one run, not the times.
+Shapes, providers and how steps are measured: shapes.py, providers.py, measure.py. Every row is made in turn with the
+plain step of its shape and mode; read the ratio, not the times. The row of `plain` is plain against itself: the noise.
+On a GPU the large shapes are measured, on a CPU the small ones; the table says what was left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Iterator
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
-from mvle_kernels import Packed
 
-from mvle.config import load_config
-from mvle.data.batch import Batch
-from mvle.engine.optim import build_optimizer, clip_and_step
-from mvle.model.model import MaskVLM
+from .counts import count
+from .measure import Ratio, Step, clock, matmul_roof, peak_memory, seconds
+from .peers import Provider
+from .providers import PROVIDERS, counts_ops, dtype_on, made
+from .shapes import SHAPES
 
-from .peers.plain import Plain, plain_inputs
-
-VOCABULARY, MASK = 342, 4  # what the BPE of shapes comes to
-
-
-def make_batch(pairs: int = 32, seed: int = 0) -> Batch:
-    """Random pixels and words; 1, 2 or 3 objects a caption (11, 21 or 31 tokens), as often as in training."""
-    draw = torch.Generator().manual_seed(seed)
-    objects = torch.multinomial(torch.tensor([0.5, 0.4, 0.1]), pairs, replacement=True, generator=draw) + 1
-    captions = [
-        torch.cat([torch.tensor([0]), torch.randint(5, VOCABULARY, (10 * n - 1,), generator=draw), torch.tensor([2])])
-        for n in objects.tolist()
-    ]
-    return Batch(
-        images=torch.randint(0, 256, (pairs, 64, 64, 3), generator=draw, dtype=torch.uint8),
-        text=Packed.of([c.to(torch.int32) for c in captions], 16),
-        pair_ids=torch.arange(pairs),
-        image_ids=torch.arange(pairs),
-        text_ids=torch.arange(pairs),
-        keys=[str(i) for i in range(pairs)],
-        image_ratio=tuple((0.6 + 0.4 * torch.rand(pairs, generator=draw)).tolist()),
-    )
-
-
-def ours(model: MaskVLM, batch: Batch) -> Callable[[], Any]:
-    """The engine's step."""
-    optimizer = build_optimizer(model, model.config.optim)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        model(batch, 0, model.counts(batch)).total.backward()
-        clip_and_step(optimizer, 1.0)
-
-    return step
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ALL = tuple(PROVIDERS)
+MAIN = tuple(name for name in ALL if not name.startswith("without: "))
+EAGER = tuple(name for name in MAIN if "compiled" not in name)  # compiling takes minutes
+# (shape, mode, providers, rounds): what fits into 12 minutes of two cores, or into 5 of a GPU
+ON_A_CPU = (
+    ("tiny", "replace", ALL, 15),
+    ("tiny", "drop", ("ours", "plain"), 15),
+    ("tiny", "drop, late", ("ours", "plain"), 15),
+    ("vit-s-4", "replace", EAGER, 5),
+    ("vit-s-4", "drop", ("ours", "plain"), 5),
+    ("vit-s-4", "drop, late", ("ours",), 5),
+    ("base-2", "replace", ("ours",), 2),
+    ("base-2", "drop", ("ours",), 2),
+)
+ON_A_GPU = (
+    ("base-64", "replace", ALL, 10),
+    ("base-64", "drop", ALL, 10),
+    ("base-256", "replace", MAIN, 10),
+    ("base-256", "drop", MAIN, 10),
+    ("base-256", "drop, late", ("ours", "ours, compiled"), 10),
+    ("large-64", "replace", MAIN, 5),
+    ("large-64", "drop", MAIN, 5),
+)
+ROWS = ON_A_GPU if DEVICE.type == "cuda" else ON_A_CPU
 
 
-def plain(model: MaskVLM, batch: Batch) -> Callable[[], Any]:
-    """The plain graph's step: autograd over each pass on its own."""
-    optimizer = build_optimizer(model, model.config.optim)
-    weights = {o.name: o.weight for o in model.objectives}
-    inputs = plain_inputs(model, batch, 0)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        losses = Plain(model).losses(inputs)
-        sum(weights[name] * loss for name, loss in losses.items()).backward()
-        clip_and_step(optimizer, 1.0)
-
-    return step
+@cache
+def roof() -> float:
+    """FLOP/s of a large product, here and now, by as many threads as the steps have."""
+    return matmul_roof(DEVICE, dtype_on(DEVICE))
 
 
-@pytest.mark.parametrize("mode", ["replace", "drop"])
-@pytest.mark.parametrize("provider", [ours, plain], ids=lambda p: p.__name__)
-@pytest.mark.benchmark(group="step, tiny, 32 pairs", min_rounds=15, warmup=True, warmup_iterations=2)
-def test_step(benchmark: Any, provider: Callable[..., Callable[[], Any]], mode: str) -> None:
-    model = MaskVLM(load_config("tiny", [f"masking.mode={mode}"]), VOCABULARY, MASK)
-    model.init_weights(0)
-    benchmark.extra_info["mode"] = mode
-    benchmark(provider(model, make_batch()))
+class References:
+    """The plain steps that others are held against; those of one shape at a time."""
+
+    def __init__(self) -> None:
+        self.shape, self.steps = "", dict[str, Step]()
+
+    def __call__(self, shape: str, mode: str) -> Step:
+        if shape != self.shape:
+            self.shape, self.steps = shape, {}
+            gc.collect()
+        if mode not in self.steps:
+            self.steps[mode] = made(PROVIDERS["plain"], SHAPES[shape], mode, DEVICE)
+        return self.steps[mode]
+
+
+@pytest.fixture(scope="module")
+def references() -> Iterator[References]:
+    yield References()
+
+
+@pytest.mark.benchmark(timer=clock(DEVICE))
+@pytest.mark.parametrize(
+    ("shape", "mode", "provider", "rounds"),
+    [(shape, mode, PROVIDERS[name], rounds) for shape, mode, names, rounds in ROWS for name in names],
+    ids=lambda v: v.name if isinstance(v, Provider) else "" if isinstance(v, int) else v,
+)
+def test_step(benchmark: Any, references: References, shape: str, mode: str, provider: Provider, rounds: int) -> None:
+    if reason := provider.skip(DEVICE):
+        pytest.skip(f"{shape}, {mode}, {provider.name}: {reason}")
+    size = SHAPES[shape]
+    memory, step = peak_memory(lambda: made(provider, size, mode, DEVICE), DEVICE)
+    info = {"shape": shape, "mode": mode, "provider": provider.name, "pairs": size.pairs, "peak_bytes": memory}
+    info["differences"] = list(provider.differences)
+    if counts_ops(provider):
+        counts = count(step)
+        info |= {"flops": counts.flops, "launches": counts.launches, "bytes": counts.bytes}
+    others = {mode: references(shape, mode)}
+    if mode != "replace" and shape != "base-2":  # three models of that size are too many for a small machine
+        others["replace"] = references(shape, "replace")
+    times: dict[str, list[float]] = {name: [] for name in others}
+
+    def run_the_others() -> None:
+        for name, other in others.items():
+            times[name].append(seconds(other, DEVICE))
+
+    benchmark.group = f"step, {size.what}, {mode}"
+    benchmark.pedantic(partial(seconds, step, DEVICE), setup=run_the_others, rounds=rounds, warmup_rounds=1)
+    own = benchmark.stats.stats.data
+    for name, reference in times.items():  # the first was the warm-up
+        info["ratio" if name == mode else "ratio_to_replace"] = vars(Ratio.of(reference[1:], own))
+    middle = benchmark.stats.stats.median
+    same_work = not provider.differences
+    useful = size.useful_flops(mode) if same_work else info.get("flops")
+    info |= {"pairs_per_second": size.pairs / middle}
+    if useful is not None:
+        info |= {"useful_flops": useful, "flops_per_second": useful / middle, "mfu": useful / middle / roof()}
+    benchmark.extra_info.update(info, roof=roof(), device=str(DEVICE))

@@ -1,0 +1,156 @@
+"""Who makes a step: ours, ours without one saving, and what a user would take instead.
+
+Each provider makes one whole optimizer step (forward, backward, clipping, AdamW) of a config over the same Batch, from
+weights and an optimizer of its own. `skipped` says why one cannot run here, or None.
+
+    step = made(PROVIDERS["plain"], SHAPES["tiny"], "drop", torch.device("cpu"))
+    step()
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+from unittest import mock
+
+import torch
+from mvle_kernels import set_backend
+from mvle_kernels.dispatch import OPS
+
+from mvle.config import Config, check_ranks
+from mvle.data.batch import Batch
+from mvle.engine import build as build_file
+from mvle.engine.optim import build_optimizer, clip_and_step
+from mvle.engine.parallel import Parallel, ParallelConfig
+from mvle.engine.train_step import TrainStep
+from mvle.model.model import MaskVLM
+
+from .peers import Provider, Step
+from .peers.plain import Plain, plain_inputs
+from .shapes import MASK, Shape
+from .switches import SWITCHES
+
+PEERS = ("compiled_plain", "albef", "flava")
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """What products are made in: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def made(provider: Provider, shape: Shape, mode: str, device: torch.device, *overrides: str) -> Step:
+    """The provider's step over the pairs of a shape."""
+    batch = shape.batch(mode).to(device)
+    return provider.make(shape.config(mode, *overrides), shape.vocabulary, MASK, batch, device, dtype_on(device))
+
+
+# ---- ours -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def parallel_on(device: torch.device) -> Parallel:
+    """This process as its only rank. One for all steps: a process joins a process group once (on a GPU)."""
+    return Parallel.start(ParallelConfig(), device.type)
+
+
+def ours(
+    config: Config,
+    vocabulary: int,
+    mask_id: int,
+    batch: Batch,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    model: Callable[..., MaskVLM] = MaskVLM,
+    overrides: dict[str, Any] | None = None,
+) -> Step:
+    """The step of the engine, as `mvle.train` makes it. model: what is built in the place of MaskVLM."""
+    if overrides:
+        config = config.model_copy(update={"kernels": config.kernels.model_copy(update=overrides)})
+    parallel = parallel_on(device)
+    with mock.patch.object(build_file, "MaskVLM", model):
+        built = build_file.build(config, parallel, vocabulary, mask_id)
+    train_step = TrainStep(config, parallel, check_ranks(config, 1), built)
+
+    def step() -> None:
+        # a run meets a new batch in each step: no index of this one's captions is known yet
+        fresh = replace(batch, text=replace(batch.text, cache={}))
+        set_backend(config.kernels.backend)
+        train_step(0, fresh)
+
+    return step
+
+
+def _needs_compiler(device: torch.device) -> str | None:
+    if device.type == "cpu" and shutil.which("g++") is None:
+        return "torch.compile needs a C++ compiler (g++)"
+    return None
+
+
+def _no_kernels_of_our_own(device: torch.device) -> str | None:
+    names = sorted({b.name for op in OPS.values() for b in op.backends})
+    if names == ["dense", "reference"]:
+        return "the same step as `ours` until there are kernels of our own: all attention is torch's"
+    return None
+
+
+# ---- the plain graph ------------------------------------------------------------------------------------------------
+
+
+def plain(
+    config: Config, vocabulary: int, mask_id: int, batch: Batch, device: torch.device, dtype: torch.dtype
+) -> Step:
+    """The strong form of the plain graph: autograd over each pass on its own, captions padded to the longest of the
+    batch, torch's attention, fused AdamW, bfloat16 products on a GPU. It is not charged for drawing its masks."""
+    with torch.device(device):
+        model = MaskVLM(config, vocabulary, mask_id)
+    model.init_weights(config.run.seed)
+    optimizer = build_optimizer(model, config.optim)
+    weights = {o.name: o.weight for o in model.objectives}
+    graph, inputs = Plain(model), plain_inputs(model, batch, config.run.seed)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            losses = graph.losses(inputs)
+        sum(weights[name] * loss for name, loss in losses.items()).backward()  # type: ignore[union-attr]
+        clip_and_step(optimizer, config.optim.clip)
+
+    return step
+
+
+# ---- all ------------------------------------------------------------------------------------------------------------
+
+PROVIDERS: dict[str, Provider] = {
+    p.name: p
+    for p in (
+        Provider("ours", "the engine's step", ours),
+        Provider(
+            "ours, compiled",
+            "kernels.compile: torch.compile over the dense pieces of blocks",
+            partial(ours, overrides={"compile": True}),
+            skip=_needs_compiler,
+        ),
+        Provider(
+            "ours, library attention",
+            "what a rival gets by copying the idea: our step over torch's attention alone",
+            partial(ours, overrides={"backend": "dense"}),
+            skip=_no_kernels_of_our_own,
+        ),
+        *(
+            Provider(f"without: {switch.name}", switch.without, partial(ours, model=switch.model))
+            for switch in SWITCHES.values()
+        ),
+        Provider("plain", "each pass on its own, padded (benchmarks/peers/plain.py)", plain),
+        *(importlib.import_module(f"{__package__}.peers.{peer}").PROVIDER for peer in PEERS),
+    )
+}
+
+
+def counts_ops(provider: Provider) -> bool:
+    """Whether its ops can be counted one by one: not where torch.compile makes them."""
+    return "compiled" not in provider.name
