@@ -146,7 +146,11 @@ PROVIDERS: dict[str, Provider] = {
             for switch in SWITCHES.values()
         ),
         Provider("plain", "each pass on its own, padded (benchmarks/peers/plain.py)", plain),
-        *(importlib.import_module(f"{__package__}.peers.{peer}").PROVIDER for peer in PEERS),
+        *(
+            importlib.import_module(f"{__package__}.peers.{peer}").PROVIDER
+            for peer in PEERS
+            if importlib.util.find_spec(f"{__package__}.peers.{peer}")
+        ),
     )
 }
 

@@ -18,7 +18,7 @@ from mvle_kernels import Packed
 from mvle.config import Config, load_config
 from mvle.data.batch import Batch
 from mvle.data.caption_lengths import typical_lengths
-from mvle.model.flops import step_flops, total
+from mvle.model.flops import plain_flops, step_flops, total
 
 MASK, FIRST_WORD = 4, 5  # words have ids from FIRST_WORD on
 SHAPES_BPE, ROBERTA = 342, 50265  # vocabularies: what the BPE of shapes comes to; roberta-base
@@ -95,6 +95,12 @@ class Shape:
         config = self.config(mode)
         ratios = self.batch(mode).image_ratio
         return total(step_flops(config, self.vocabulary, self.lengths(), ratios)).total
+
+    def plain_flops(self, mode: str = "replace") -> int:
+        """The same of the plain graph, captions padded to the longest of the batch."""
+        config = self.config(mode)
+        ratios = self.batch(mode).image_ratio
+        return total(plain_flops(config, self.vocabulary, self.lengths(), ratios)).total
 
 
 SHAPES: dict[str, Shape] = {

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
 
+from mvle.model.model import MaskVLM
+
 from .counts import count
-from .measure import Ratio, Step, clock, matmul_roof, peak_memory, seconds
+from .measure import Ratio, Step, clock, matmul_roof, parts_of, peak_memory, seconds
 from .peers import Provider
-from .providers import PROVIDERS, counts_ops, dtype_on, made
+from .providers import PROVIDERS, counts_ops, dtype_on, made, ours
 from .shapes import SHAPES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,9 +34,9 @@ MAIN = tuple(name for name in ALL if not name.startswith("without: "))
 EAGER = tuple(name for name in MAIN if "compiled" not in name)  # compiling takes minutes
 # (shape, mode, providers, rounds): what fits into 12 minutes of two cores, or into 5 of a GPU
 ON_A_CPU = (
-    ("tiny", "replace", ALL, 15),
-    ("tiny", "drop", ("ours", "plain"), 15),
-    ("tiny", "drop, late", ("ours", "plain"), 15),
+    ("tiny", "replace", ALL, 10),
+    ("tiny", "drop", ("ours", "plain"), 10),
+    ("tiny", "drop, late", ("ours", "plain"), 10),
     ("vit-s-4", "replace", EAGER, 5),
     ("vit-s-4", "drop", ("ours", "plain"), 5),
     ("vit-s-4", "drop, late", ("ours",), 5),
@@ -108,9 +112,29 @@ def test_step(benchmark: Any, references: References, shape: str, mode: str, pro
     for name, reference in times.items():  # the first was the warm-up
         info["ratio" if name == mode else "ratio_to_replace"] = vars(Ratio.of(reference[1:], own))
     middle = benchmark.stats.stats.median
-    same_work = not provider.differences
-    useful = size.useful_flops(mode) if same_work else info.get("flops")
-    info |= {"pairs_per_second": size.pairs / middle}
-    if useful is not None:
-        info |= {"useful_flops": useful, "flops_per_second": useful / middle, "mfu": useful / middle / roof()}
-    benchmark.extra_info.update(info, roof=roof(), device=str(DEVICE))
+    info |= {"seconds": middle, "pairs_per_second": size.pairs / middle, "roof": roof(), "device": str(DEVICE)}
+    if not provider.differences:
+        info |= {"useful_flops": size.useful_flops(mode), "plain_flops": size.plain_flops(mode)}
+        info["mfu"] = info["useful_flops"] / middle / roof()
+    benchmark.extra_info.update(info)
+
+
+@pytest.mark.parametrize(("shape", "mode"), [(shape, mode) for shape, mode, *_ in ROWS if mode != "drop, late"])
+def test_parts(benchmark: Any, shape: str, mode: str) -> None:
+    """The step of ours, cut into its parts."""
+    models: list[MaskVLM] = []
+
+    def kept(*arguments: Any) -> MaskVLM:
+        models.append(MaskVLM(*arguments))
+        return models[-1]
+
+    provider = replace(PROVIDERS["ours"], make=partial(ours, model=kept))
+    step = made(provider, SHAPES[shape], mode, DEVICE)
+    step()
+    found = []
+    benchmark.group = f"parts, {SHAPES[shape].what}, {mode}"
+    benchmark.pedantic(lambda: found.append(parts_of(step, models[0], DEVICE)), rounds=3, warmup_rounds=1)
+    parts = {
+        part: {way: median(one[part][way] for one in found[1:]) for way in ("forward", "backward")} for part in found[0]
+    }
+    benchmark.extra_info.update({"shape": shape, "mode": mode, "parts": parts, "device": str(DEVICE)})
