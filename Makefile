@@ -1,6 +1,7 @@
 # make train   sets up .venv, trains configs/tiny.yaml on a CPU in minutes, evaluates it, writes runs/tiny/report.html
 # make test    sets up .venv, checks style and types, runs every test
-# A second call installs nothing; a second `make train` finds the finished run and prints its tables again.
+# make gpu     on a machine with a GPU: what only it can tell, in under ten minutes, in the environment of PYTHON as it is
+# A second call of the first two installs nothing; a second `make train` finds the finished run and prints its tables again.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER
 export PYTHONNOUSERSITE := 1
 
-.PHONY: train test install clean
+.PHONY: train test gpu install clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -22,6 +23,10 @@ test: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest tests
+
+# No network, no .venv: torch is the one that the machine has. WHEELS=folder brings small packages that it lacks.
+gpu:
+	env -u PYTHONNOUSERSITE PYTHONPATH='$(PYTHONPATH)' $(PYTHON) -m benchmarks.gpu $(if $(WHEELS),--wheels '$(WHEELS)')
 
 install: $(INSTALLED)
 

@@ -1,12 +1,66 @@
-"""What every benchmark shares: one thread unless the caller says otherwise, and the table of the step at the end."""
+"""What every benchmark shares: one thread unless the caller says otherwise, which rows, and the table at the end.
+
+--shape NAME, --mode NAME, --only main | switches | compiled    those rows of test_step.py alone
+--rows FILE                                                     each row as a line of JSON, as soon as it is known
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 # Before torch is imported. With one thread a CPU is timed by what the process computed, whatever else the machine does.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: Any) -> None:
+    group = parser.getgroup("the step")
+    group.addoption("--shape", help="rows of this shape alone (benchmarks/shapes.py)")
+    group.addoption("--mode", help="rows of this mode alone")
+    group.addoption("--only", choices=("main", "switches", "compiled"), help="these providers alone")
+    group.addoption("--rows", type=Path, help="append each row to this file as a line of JSON")
+
+
+def kind_of(provider: str) -> str:
+    """main, switches or compiled."""
+    if "compiled" in provider:
+        return "compiled"
+    return "switches" if provider.startswith("without: ") else "main"
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    wanted = {name: config.getoption(name) for name in ("shape", "mode")}
+    only = config.getoption("only")
+    if not any((*wanted.values(), only)):
+        return
+    kept = []
+    for item in items:
+        known = getattr(getattr(item, "callspec", None), "params", {})
+        fits = all(value is None or known.get(name) == value for name, value in wanted.items())
+        if only is not None:
+            provider = known.get("provider")
+            # savings are read against the whole step, which is measured beside them
+            with_them = provider is not None and (kind_of(provider.name) == only or provider.name == "ours")
+            fits = fits and (with_them or (provider is None and only == "main"))
+        if fits:
+            kept.append(item)
+    items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def row(request: Any) -> Iterator[None]:
+    path = request.config.getoption("rows")
+    benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
+    yield
+    info = {} if benchmark is None else benchmark.extra_info
+    if path is not None and ("provider" in info or "parts" in info):
+        with path.open("a") as file:
+            file.write(json.dumps(info) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:

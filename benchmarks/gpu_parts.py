@@ -1,0 +1,177 @@
+"""The parts of `make gpu`, each a process: python -m benchmarks.gpu_parts ANSWER.json PART ARGUMENTS. See gpu.py.
+
+The answer is written anew whenever something more is known, so that a part that runs out of time keeps what it has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mvle.model.model import MaskVLM
+
+from .counts import BASELINE, differences, release, step_counts
+from .measure import copy_roof, matmul_roof, parts_of, wait
+from .providers import dtype_on, ours
+from .report import step_table
+from .shapes import MASK, SHAPES
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KERNELS = 25  # rows of the list of kernels
+Answer = Callable[[dict[str, Any]], None]
+
+
+def tests(answer: Answer) -> None:
+    """The files that have a test marked `gpu`, and of those the marked tests."""
+    files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text())
+    if not files:
+        answer({"status": "skipped", "reason": "no test is marked gpu"})
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode:
+        raise SystemExit("\n".join(lines[-10:]))
+    answer({"status": "done", "files": files, "say": lines[-1:] + [x for x in lines if x.startswith("SKIPPED")]})
+
+
+def roofs(answer: Answer, side: str, mebibytes: str) -> None:
+    """The best large product and copy, and products as the image encoder of base has them at 64 pairs."""
+    dtype = dtype_on(DEVICE)
+    product, copy = matmul_roof(DEVICE, dtype, int(side)), copy_roof(DEVICE, int(mebibytes))
+    answer(
+        {
+            "status": "done",
+            "matmul_flops_per_second": product,
+            "copy_bytes_per_second": copy,
+            "say": [f"{dtype} products {product / 1e12:.2f} TFLOP/s, copies {copy / 1e9:.1f} GB/s read and written"],
+        }
+    )
+
+
+def step(answer: Answer, shape: str, mode: str, only: str) -> None:
+    """The rows of benchmarks/test_step.py of a shape and mode. only: main, switches or compiled."""
+    path = ROOT / "runs" / f"rows-{os.getpid()}.jsonl"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_step.py", "-q", "--benchmark-only", "-rs"]
+    command += ["-p", "no:cacheprovider", "--shape", shape, "--mode", mode, "--only", only, "--rows", str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        lines, known = [], 0
+        for line in process.stdout:  # a line a row or so: what is known by then is kept
+            lines.append(line.rstrip())
+            known = _rows(answer, path, known)
+    _rows(answer, path, -1)
+    path.unlink(missing_ok=True)
+    if process.returncode:
+        raise SystemExit("\n".join(lines[-12:]))
+
+
+def _rows(answer: Answer, path: Path, known: int) -> int:
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if len(found) != known and found:
+        rows = [one for one in found if "provider" in one]
+        answer(
+            {
+                "status": "done",
+                "rows": rows,
+                "step_parts": [one for one in found if "parts" in one],
+                "say": step_table(rows).splitlines() if rows else [],
+            }
+        )
+    return len(found)
+
+
+def profiled(answer: Answer, shape: str) -> None:
+    """By mode: seconds of each part of the step, the kernels that take most, and the lines where the host waits."""
+    models: list[MaskVLM] = []
+
+    def kept(*arguments: Any) -> MaskVLM:
+        models.append(MaskVLM(*arguments))
+        return models[-1]
+
+    found: dict[str, Any] = {"status": "done", "modes": {}, "say": []}
+    size = SHAPES[shape]
+    for mode in ("replace", "drop"):
+        batch = size.batch(mode).to(DEVICE)
+        run = ours(size.config(mode), size.vocabulary, MASK, batch, DEVICE, dtype_on(DEVICE), model=kept)
+        for _ in range(3):
+            run()
+        parts = parts_of(run, models[-1], DEVICE)
+        whole = sum(sum(part.values()) for part in parts.values())
+        waits = host_waits(run)
+        found["modes"][mode] = {"parts": parts, "kernels": kernels(run), "host_waits": waits}
+        shares = sorted(((sum(p.values()) / whole, name) for name, p in parts.items()), reverse=True)
+        found["say"] += [f"{mode}: " + ", ".join(f"{name} {share:.0%}" for share, name in shares)]
+        found["say"] += [
+            f"{mode}: the host waits for the device: "
+            + ("not seen on a CPU" if waits is None else ", ".join(waits) or "nowhere")
+        ]
+        answer(found)
+
+
+def kernels(run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Those that take most time in a step; on a CPU ops."""
+    cuda = DEVICE.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
+        run()
+        wait(DEVICE)
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    rows = sorted(seen.key_averages(), key=lambda e: -getattr(e, key))[:KERNELS]
+    return [{"name": e.key, "microseconds": getattr(e, key), "calls": e.count} for e in rows]
+
+
+def host_waits(run: Callable[[], Any]) -> list[str] | None:
+    """Lines of ours at which a step waits for the device, as torch itself warns of them; None: no device to wait for."""
+    if DEVICE.type != "cuda":
+        return None
+    wait(DEVICE)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sorted({f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)})
+
+
+def counts(answer: Answer) -> None:
+    """tiny, counted on the CPU of this machine under its release of torch."""
+    baseline = json.loads(BASELINE.read_text())
+    same = baseline["torch"] == release()
+    changed = differences(step_counts(), baseline["counts"], same)
+    if changed:
+        raise SystemExit("\n".join(changed))
+    what = (
+        "all counts" if same else f"FLOPs and graph breaks (torch {release()}; the baseline is of {baseline['torch']})"
+    )
+    answer({"status": "done", "say": [f"{what}: as the baseline"]})
+
+
+PARTS = {"tests": tests, "roofs": roofs, "step": step, "profile": profiled, "counts": counts}
+
+
+def main(arguments: list[str]) -> None:
+    path, part, *rest = arguments
+
+    def answer(found: dict[str, Any]) -> None:
+        temporary = Path(f"{path}.tmp")
+        temporary.write_text(json.dumps(found))
+        temporary.replace(path)
+
+    PARTS[part](answer, *rest)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
