@@ -120,6 +120,11 @@ def profiled(answer: Answer, shape: str) -> None:
         answer(found)
 
 
+def said(waits: list[str] | None) -> str:
+    """Of `host_waits`, in words."""
+    return "not seen on a CPU" if waits is None else ", ".join(waits) or "nowhere"
+
+
 def kernels(run: Callable[[], Any]) -> list[dict[str, Any]]:
     """Those that take most time in a step; on a CPU ops."""
     cuda = DEVICE.type == "cuda"
@@ -132,7 +137,7 @@ def kernels(run: Callable[[], Any]) -> list[dict[str, Any]]:
 
 
 def host_waits(run: Callable[[], Any]) -> list[str] | None:
-    """Lines of ours at which a step waits for the device, as torch itself warns of them; None: no device to wait for."""
+    """Lines of ours at which a step waits for the device, as torch itself warns of them; None on a CPU."""
     if DEVICE.type != "cuda":
         return None
     wait(DEVICE)
