@@ -1,4 +1,4 @@
-"""What every benchmark shares: one thread unless the caller says otherwise, which rows, and the table at the end.
+"""What benchmarks share: which rows, and the table at the end.
 
 --shape NAME, --mode NAME, --only main | switches | compiled    those rows of test_step.py alone
 --rows FILE                                                     each row as a line of JSON, as soon as it is known
@@ -7,15 +7,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-# Before torch is imported. With one thread a CPU is timed by what the process computed, whatever else the machine does.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: Any) -> None:

@@ -21,6 +21,7 @@ from mvle.model.model import MaskVLM
 
 from .counts import BASELINE, differences, release, step_counts
 from .measure import copy_roof, matmul_roof, parts_of, wait
+from .nosync import RefuseSyncs, SyncError
 from .providers import dtype_on, ours
 from .report import step_table
 from .shapes import MASK, SHAPES
@@ -120,11 +121,6 @@ def profiled(answer: Answer, shape: str) -> None:
         answer(found)
 
 
-def said(waits: list[str] | None) -> str:
-    """Of `host_waits`, in words."""
-    return "not seen on a CPU" if waits is None else ", ".join(waits) or "nowhere"
-
-
 def kernels(run: Callable[[], Any]) -> list[dict[str, Any]]:
     """Those that take most time in a step; on a CPU ops."""
     cuda = DEVICE.type == "cuda"
@@ -136,10 +132,16 @@ def kernels(run: Callable[[], Any]) -> list[dict[str, Any]]:
     return [{"name": e.key, "microseconds": getattr(e, key), "calls": e.count} for e in rows]
 
 
-def host_waits(run: Callable[[], Any]) -> list[str] | None:
-    """Lines of ours at which a step waits for the device, as torch itself warns of them; None on a CPU."""
+def host_waits(run: Callable[[], Any]) -> list[str]:
+    """Lines of ours at which a step waits for the device: on a GPU as torch itself warns of them, on a CPU the first
+    that benchmarks/nosync.py refuses."""
     if DEVICE.type != "cuda":
-        return None
+        try:
+            with RefuseSyncs():
+                run()
+        except SyncError as error:
+            return [str(error)]
+        return []
     wait(DEVICE)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

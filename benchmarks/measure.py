@@ -86,9 +86,14 @@ def noise_of(same: Ratio) -> float:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-def peak_memory(make: Callable[[], Step], device: torch.device) -> tuple[int, Step]:
+def peak_memory(
+    make: Callable[[], Step], device: torch.device, again: Callable[[Step], None] = lambda step: step()
+) -> tuple[int, Step]:
     """(bytes at the fullest moment of making a step and calling it twice, that step): weights, moments, gradients and
-    activations, as the allocator gave them out. On a CPU torch's profiler listens to its allocator."""
+    activations, as the allocator gave them out. On a CPU torch's profiler listens to its allocator.
+
+    again: how it is called the second time, for whoever looks at more of it.
+    """
     gc.collect()
     if device.type == "cuda":
         wait(device)
@@ -96,13 +101,13 @@ def peak_memory(make: Callable[[], Step], device: torch.device) -> tuple[int, St
         torch.cuda.reset_peak_memory_stats(device)
         step = make()
         step()
-        step()
+        again(step)
         wait(device)
         return torch.cuda.max_memory_allocated(device) - before, step
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step = make()
         step()
-        step()
+        again(step)
     assert seen.profiler is not None and seen.profiler.kineto_results is not None
     changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0

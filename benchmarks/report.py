@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def about(device: str) -> dict[str, Any]:
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name()
     else:
-        name = f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
+        name = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     found = {"device": name, "date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
     found |= {"python": platform.python_version(), "cuda": torch.version.cuda}
     try:
@@ -116,9 +117,11 @@ def step_table(rows: Sequence[Row]) -> str:
     """A Markdown table a shape and mode, as wide as a terminal."""
     lines = []
     for shape, mode in dict.fromkeys((row["shape"], row["mode"]) for row in rows):
-        lines += ["", f"**{SHAPES[shape].what}, `{mode}`**", ""]
+        own = [row for row in rows if (row["shape"], row["mode"]) == (shape, mode)]
+        threads = "" if own[0]["device"].startswith("cuda") else f", threads: {own[0]['threads']}"
+        lines += ["", f"**{SHAPES[shape].what}, `{mode}`{threads}**", ""]
         lines += ["| provider | " + " | ".join(HEAD) + " |", "|---" * (len(HEAD) + 1) + "|"]
-        lines += [_line(row) for row in rows if (row["shape"], row["mode"]) == (shape, mode)]
+        lines += map(_line, own)
     return "\n".join(lines)
 
 
@@ -289,6 +292,11 @@ def rewrite(text: str, inside: str) -> str:
     return f"{head}{BEGIN}\n\n{inside}\n\n{END}{rest.split(END)[1]}"
 
 
+def committed() -> dict[str, Any]:
+    """Name of the file -> result, of all that are under benchmarks/results/."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("step_[cg]pu.json"))}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Tables and plots of the step out of a run of the benchmarks.")
     parser.add_argument("run", nargs="?", type=Path, help="what --benchmark-json wrote")
@@ -303,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
             return int(bool(lines))
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {path.relative_to(ROOT)}")
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("step_[cg]pu.json"))}
+    results = committed()
     for name, result in results.items():
         for file, svg in plots(result):
             (IMAGES / f"{file}_{name.rsplit('_', 1)[1]}.svg").write_text(svg)
