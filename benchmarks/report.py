@@ -110,6 +110,7 @@ HEAD = (
     "use of the roof",
     "peak memory",
     "launches",
+    "padding",
 )
 
 
@@ -138,6 +139,7 @@ def _line(row: Row) -> str:
         f"{row['mfu']:.0%}" if "mfu" in row else "",
         f"{row['peak_bytes'] / 2**20:,.0f} MiB",
         f"{row['launches']:,}" if "launches" in row else "",
+        f"{row['padding']:.1%}" if "padding" in row else "",
     )
     return f"| {row['provider']} | " + " | ".join(cells) + " |"
 

@@ -19,6 +19,7 @@ from mvle.config import Config, load_config
 from mvle.data.batch import Batch
 from mvle.data.caption_lengths import typical_lengths
 from mvle.model.flops import plain_flops, step_flops, total
+from mvle.model.rows import processed_rows
 
 MASK, FIRST_WORD = 4, 5  # words have ids from FIRST_WORD on
 SHAPES_BPE, ROBERTA = 342, 50265  # vocabularies: what the BPE of shapes comes to; roberta-base
@@ -101,6 +102,12 @@ class Shape:
         config = self.config(mode)
         ratios = self.batch(mode).image_ratio
         return total(plain_flops(config, self.vocabulary, self.lengths(), ratios)).total
+
+    def padding(self, mode: str = "replace") -> float:
+        """Share of the rows of our step that hold nothing (mvle/model/rows.py)."""
+        config = self.config(mode)
+        real, rows = processed_rows(config, self.batch(mode), config.kernels.row_multiple)
+        return 1 - real / rows
 
 
 SHAPES: dict[str, Shape] = {

@@ -132,6 +132,8 @@ def test_step(
     if not provider.differences:
         info |= {"useful_flops": size.useful_flops(mode), "plain_flops": size.plain_flops(mode)}
         info["mfu"] = info["useful_flops"] / info["seconds"] / info["roof"]
+    if provider.name.startswith("ours"):
+        info["padding"] = size.padding(mode)
     benchmark.extra_info.update(info)
 
 
