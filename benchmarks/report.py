@@ -3,6 +3,7 @@
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
     python -m benchmarks.report run.json              what was measured goes to benchmarks/results/step_cpu.json (or
                                                       step_gpu.json), and from all results there into the documents
+    python -m benchmarks.report rows.jsonl            the same from what --rows wrote
     python -m benchmarks.report                       the documents anew, from the results that are there
     python -m benchmarks.report run.json --gate       nothing is written; ends with 1 if a ratio to the plain step fell
                                                       below that of the results, beyond the noise of this run
@@ -67,8 +68,12 @@ def about(device: str) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """A file of pytest-benchmark -> {"about", "rows", "parts"}. Raises ValueError if it holds no step."""
-    infos = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
+    """A file of pytest-benchmark, or of --rows (.jsonl) -> {"about", "rows", "parts"}. Raises ValueError if it holds no
+    step."""
+    if path.suffix == ".jsonl":
+        infos = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        infos = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
     rows = [i for i in infos if "provider" in i]
     if not rows:
         raise ValueError(f"expected rows of benchmarks/test_step.py in {path}; got {len(infos)} of other benchmarks.")
@@ -257,7 +262,7 @@ def plots(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             for name, part in sorted(one["parts"].items(), key=lambda p: -sum(p[1].values())):
                 pieces = [(part["forward"] / whole, BLUE), (part["backward"] / whole, GREEN)]
                 text = f"{sum(part.values()) / whole:.0%}"
-                shares.append((f"{one['shape']}, {one['mode']}: {name}", pieces, text))
+                shares.append((f"{one['shape']}, {one['mode']}: {name.replace('_', ' ')}", pieces, text))
         yield "step_parts", bars("Share of the step a part", f"forward blue, backward green; {where}", shares)
 
 

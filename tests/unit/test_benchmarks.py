@@ -163,6 +163,18 @@ def test_plots_are_pictures_whose_bars_are_as_long_as_their_numbers() -> None:
     assert bars[0] / bars[1] == pytest.approx(1.6, rel=0.01)
 
 
+def test_a_run_is_read_from_either_form_and_one_without_steps_is_refused(tmp_path: Path) -> None:
+    lines, run, other = tmp_path / "rows.jsonl", tmp_path / "run.json", tmp_path / "other.json"
+    lines.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    run.write_text(json.dumps({"benchmarks": [{"extra_info": r} for r in ROWS]}))
+    other.write_text(json.dumps({"benchmarks": [{"extra_info": {}}]}))
+
+    assert report.read_run(lines)["rows"] == report.read_run(run)["rows"] == ROWS
+    assert report.read_run(run)["about"]["torch"] == torch.__version__
+    with pytest.raises(ValueError, match="expected rows of"):
+        report.read_run(other)
+
+
 def test_only_what_stands_between_the_marks_is_written() -> None:
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nbehind"
 
