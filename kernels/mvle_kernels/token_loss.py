@@ -50,15 +50,8 @@ class _TokenLoss(torch.autograd.Function):
             z.sub_(lse).exp_()
             z.scatter_add_(1, label, torch.full_like(lse, -1.0))
             z.masked_fill_(~real[:, None], 0)
-            dz = z.to(rows.dtype)
-            d_rows = dz @ weight[:vocabulary] if ctx.needs_input_grad[0] else None
-            d_weight = torch.zeros_like(weight)
-            torch.mm(dz.T, rows, out=d_weight[:vocabulary])
-            d_bias = None
-            if bias is not None:
-                d_bias = torch.zeros_like(bias)
-                d_bias[:vocabulary] = z.sum(0)
-            ctx.save_for_backward(d_rows, d_weight, d_bias)
+            ctx.save_for_backward(z.to(rows.dtype), rows, weight, bias)
+            ctx.vocabulary = vocabulary
         count, correct = real.sum(), ((best == targets) & real).sum()
         ctx.mark_non_differentiable(count, correct)
         return loss.sum(), count, correct
@@ -66,8 +59,18 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors]
-        return (*scaled, None, None, None)
+        dz, rows, weight, bias = ctx.saved_tensors
+        grad, d_rows, d_weight, d_bias = grad.to(rows.dtype), None, None, None
+        if ctx.needs_input_grad[0]:
+            d_rows = (dz @ weight[: ctx.vocabulary]).mul_(grad)
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.empty_like(weight)
+            torch.mm(dz.T, rows * grad, out=d_weight[: ctx.vocabulary])  # [R, D] is scaled, not [C, D]
+            d_weight[ctx.vocabulary :].zero_()
+        if bias is not None and ctx.needs_input_grad[2]:
+            d_bias = torch.zeros_like(bias)
+            d_bias[: ctx.vocabulary] = dz.sum(0, dtype=torch.promote_types(dz.dtype, torch.float32)) * grad
+        return d_rows, d_weight, d_bias, None, None, None
 
 
 @TOKEN_LOSS.register("reference", "a linear layer and torch's cross-entropy")
