@@ -218,14 +218,15 @@ def sample_token_mask(
 
 
 def sample_negatives(
-    seed: int, pair_ids: Tensor, similarity: Tensor, forbidden: Tensor, stream: int
+    seed: int, pair_ids: Tensor, similarity: Tensor, forbidden: Tensor, stream: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """One negative for each row, drawn with probability softmax(similarity) over the candidates that are allowed.
 
-    pair_ids int64 [..., G]; similarity float [..., G, C] (already divided by the temperature); forbidden bool of
-    that shape. The draw is the Gumbel-argmax: noise word c belongs to candidate c of the group.
-    Returns (index int32 [..., G] into the candidates, valid bool [..., G]); a row without a candidate is not valid
-    and its index is 0.
+    pair_ids int64 [..., G]; similarity float [..., G, C] (already divided by the temperature); forbidden bool of that
+    shape. stream: what the draw is for; n draws are one call where similarity is a stack of theirs, [n, ..., G, C], and
+    stream int64 [n, ..., 1] has their numbers. A draw is the Gumbel-argmax: noise word c belongs to candidate c.
+    Returns (index int32 [..., G] or [n, ..., G] into the candidates, valid bool [..., G]); a row without a candidate is
+    not valid and its index is 0.
     """
     noise = uniform(words(seed, stream, pair_ids, similarity.shape[-1]))
     score = similarity.double() - torch.log(-torch.log(noise))

@@ -31,12 +31,12 @@ def draw_negatives(step: Step, group: int) -> tuple[Draw, Draw, Tensor]:
         similarity = image @ text.transpose(1, 2) / step.temperature.detach().to(image.dtype)
     ids = batch.pair_ids.view(-1, group)
     first = torch.arange(0, len(batch), group, device=ids.device)[:, None]
-    draws = []
-    valid = torch.zeros(0)
-    for stream, scores in ((Stream.NEGATIVE_IMAGE, similarity.transpose(1, 2)), (Stream.NEGATIVE_TEXT, similarity)):
-        index, valid = sample_negatives(step.seed, ids, scores, forbidden, stream)
-        draws.append(Draw((index + first).flatten().to(torch.int32), group))
-    return draws[0], draws[1], valid.flatten()
+    # both draws at once: an image for each caption, and a caption for each image
+    streams = torch.arange(Stream.NEGATIVE_IMAGE, Stream.NEGATIVE_TEXT + 1, device=ids.device)[:, None, None]
+    both = torch.stack([similarity.transpose(1, 2), similarity])
+    index, valid = sample_negatives(step.seed, ids, both, forbidden, streams)
+    other_image, other_text = (Draw(own.flatten(), group) for own in (index + first).to(torch.int32))
+    return other_image, other_text, valid.flatten()
 
 
 class Itm:

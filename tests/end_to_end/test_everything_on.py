@@ -85,6 +85,7 @@ def test_rates_norms_and_skipped_steps_are_written_down(run: RunFolder) -> None:
     for step, row in train.items():
         factor = learning_rate_factor(step - 1, config.schedule, config.optim.min_lr_ratio)
         assert row["lr"] == pytest.approx(1e-3 * factor, rel=1e-5)
+        assert 0 < row["padding"] < 0.2
         norms = [row.get(f"grad_norm_{name}") for name in ("mim", "mlm", "itc", "itm")]
         assert (None in norms) == (step % 3 != 0)
         if step % 3 == 0:

@@ -201,6 +201,16 @@ def test_negatives_come_as_often_as_softmax_says() -> None:
     assert (share - expected).abs().max() < 5 * math.sqrt(0.25 / draws)
 
 
+def test_two_draws_of_negatives_at_once_are_those_of_each() -> None:
+    similarity = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    forbidden, ids = torch.eye(4, dtype=torch.bool).expand(6, 4, 4), torch.arange(24).view(6, 4)
+    streams = (Stream.NEGATIVE_IMAGE, Stream.NEGATIVE_TEXT)
+    index, valid = sample_negatives(0, ids, similarity, forbidden, torch.tensor(streams)[:, None, None])
+    for both, scores, stream in zip(index, similarity, streams, strict=True):
+        alone, known = sample_negatives(0, ids, scores, forbidden, stream)
+        assert torch.equal(both, alone) and torch.equal(valid, known)
+
+
 def test_negatives_depend_on_seed_stream_and_pair_alone() -> None:
     similarity, forbidden = torch.zeros(6, 4, 4), torch.eye(4, dtype=torch.bool).expand(6, 4, 4)
     ids = torch.arange(24).view(6, 4)
