@@ -102,8 +102,9 @@ class MaskVLM(nn.Module):
         From lengths and ids alone, so that they can be summed over ranks before the first forward of a step.
         """
         own = {o.name: o.count(batch) for o in self.objectives}
-        parts = [torch.as_tensor(own.get(name, 0), dtype=torch.float64, device=batch.images.device) for name in NAMES]
-        return torch.stack(parts)
+        like = torch.zeros((), dtype=torch.float64, device=batch.images.device)
+        parts = [own.get(name, 0) for name in NAMES]  # a number is filled in: to copy it would wait for the device
+        return torch.stack([p.to(like) if isinstance(p, Tensor) else torch.full_like(like, p) for p in parts])
 
     @property
     def contrasts(self) -> bool:
@@ -373,11 +374,9 @@ def split_sequences(packed: Packed, parts: int) -> list[Packed]:
     """Cut a Packed of equal numbers of sequences into `parts`, without tails. Lengths are known on the host."""
     assert packed.lengths is not None
     each = packed.sequences // parts
-    lengths = [packed.lengths[i * each : (i + 1) * each] for i in range(parts)]
-    sizes = [sum(n) for n in lengths]
+    sizes = [sum(packed.lengths[i * each : (i + 1) * each]) for i in range(parts)]
     rows = packed.rows.split([*sizes, packed.total - sum(sizes)])
-    device = packed.offsets.device
-    return [Packed.layout_of(n, 1, device, packed.max_length).with_rows(r) for n, r in zip(lengths, rows, strict=False)]
+    return [packed.part(i * each, (i + 1) * each).with_rows(rows[i]) for i in range(parts)]
 
 
 def broken_pairs(step: Step) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from mvle_kernels import AttentionPlan, Packed, attention_plan, concatenate, expand, expand_layout, row_index
+from mvle_kernels import AttentionPlan, Packed, attention_plan, concatenate, expand, expand_layout, round_up, row_index
 from torch import Tensor, nn
 
 from .layers import BlockPlan, ContextProjection, CrossBlock, Single
@@ -116,8 +116,9 @@ def _asked_at_the_end(
     device = queries.offsets.device
     lengths = [n for layout in before for n in layout.lengths or ()]
     start, sequences = sum(lengths), queries.sequences - others
-    whole = Packed.layout_of(lengths, row_multiple, device)
-    asked = replace(Packed.layout_of((read.lengths or ())[:others], 1, device), total=read.total)
+    longest, room = max(lengths, default=0), round_up(start, row_multiple)
+    whole = Packed(queries.rows[:0], queries.offsets[: others + 1], tuple(lengths), longest, room)
+    asked = replace(read.part(0, others), total=read.total)
     theirs = Packed(
         queries.rows[:0],
         queries.offsets[others:] - start,
@@ -191,7 +192,7 @@ def _spread(
 ) -> Callable[[Tensor], Tensor]:
     sizes = [sum(p.lengths or ()) for p in own]
     slots = {id(p): i for i, p in enumerate(own)}
-    layouts = [Packed.layout_of(p.lengths or (), 1, p.offsets.device, p.max_length) for p in own]
+    layouts = [p.part(0, p.sequences) for p in own]  # without tails
 
     def run(x: Tensor) -> Tensor:
         parts = x.split([*sizes, len(x) - sum(sizes)])
