@@ -71,6 +71,7 @@ class Masking(Protocol):
     config: Any
     vocabulary: int
     mask_id: int
+    training: bool
 
 
 def plain_inputs(model: Masking, batch: Batch, seed: int, length: int | None = None) -> PlainInputs:

@@ -22,6 +22,7 @@ class Sized:
     config: Config
     vocabulary: int
     mask_id: int
+    training: bool = True
 
 
 class Decayed:

@@ -91,6 +91,18 @@ def test_a_peer_whose_masks_are_not_drawn_is_refused(make: Any, weight: str) -> 
         make(config, VOCABULARY, MASK, make_batch(), CPU, torch.float32)
 
 
+def test_a_peer_sees_whole_images_where_our_clean_view_shows_less() -> None:
+    config = small("masking.clean_keep=0.5")
+    torch.manual_seed(0)
+    shortened = albef_model(config).losses(inputs_of(config))
+
+    torch.manual_seed(0)
+    expected = albef_model(small()).losses(inputs_of(small()))
+
+    assert inputs_of(config).clean_left_out_BN is not None
+    assert all(torch.equal(shortened[name], expected[name]) for name in expected)
+
+
 # ---- FLOPs ----------------------------------------------------------------------------------------------------------
 
 # What one more block of an encoder costs, in its forwards: a backward is two of them.
