@@ -32,6 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 570  # seconds for all parts
+RUNNER = "benchmarks.gpu_parts"
 # module -> what pip calls it. torch comes with its CUDA and is never installed from here.
 LARGE = {"torch": "torch>=2.11", "numpy": "numpy"}
 SMALL = {
@@ -112,7 +113,7 @@ def run_part(part: Part, arguments: Sequence[str], seconds: float) -> dict[str, 
     """{"status": done | skipped | failed | out of time, "seconds", "reason", and what the part found}."""
     answer = ROOT / "runs" / f"gpu-part-{os.getpid()}.json"
     answer.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu_parts", str(answer), *arguments]
+    command = [sys.executable, "-m", RUNNER, str(answer), *arguments]
     start = time.monotonic()
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

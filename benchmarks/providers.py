@@ -9,7 +9,6 @@ weights and an optimizer of its own. `skipped` says why one cannot run here, or 
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,12 +28,10 @@ from mvle.engine.parallel import Parallel, ParallelConfig
 from mvle.engine.train_step import TrainStep
 from mvle.model.model import MaskVLM
 
-from .peers import Provider, Step
+from .peers import Provider, Step, albef, compiled_plain, flava
 from .peers.plain import Plain, plain_inputs
 from .shapes import MASK, Shape
 from .switches import SWITCHES
-
-PEERS = ("compiled_plain", "albef", "flava")
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
@@ -146,11 +143,9 @@ PROVIDERS: dict[str, Provider] = {
             for switch in SWITCHES.values()
         ),
         Provider("plain", "each pass on its own, padded (benchmarks/peers/plain.py)", plain),
-        *(
-            importlib.import_module(f"{__package__}.peers.{peer}").PROVIDER
-            for peer in PEERS
-            if importlib.util.find_spec(f"{__package__}.peers.{peer}")
-        ),
+        compiled_plain.PROVIDER,
+        albef.PROVIDER,
+        flava.PROVIDER,
     )
 }
 

@@ -270,3 +270,14 @@ def test_a_part_that_works_one_that_fails_and_one_that_hangs(monkeypatch: pytest
     assert failed["status"] == "failed" and "not a number" in failed["reason"]
     assert late["status"] == "out of time"
     json.dumps([done, failed, late])
+
+
+def test_a_part_that_fails_on_its_way_keeps_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write = 'import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(\'{"status": "done", "rows": [1]}\')'
+    (tmp_path / "half_a_part.py").write_text(f"{write}; sys.exit('the second row is broken')")
+    monkeypatch.setattr(gpu, "RUNNER", "half_a_part")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    found = gpu.run_part(gpu.PARTS[0], (), 60)
+
+    assert found["status"] == "failed" and "second row is broken" in found["reason"] and found["rows"] == [1]
