@@ -88,11 +88,16 @@ def left_out(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{name} ({shape.what}): " + ("a size for CPUs" if cuda else "a size for GPUs, or not asked for")
 
 
+def timed(rows: Sequence[Row]) -> list[Row]:
+    """Those that were made in turn with plain: all but where plain does not fit into the memory of the device."""
+    return [row for row in rows if "ratio" in row]
+
+
 def regressions(rows: Sequence[Row], before: Sequence[Row]) -> Iterator[str]:
     """A line for each provider of ours whose ratio to the plain step fell beyond noise; see measure.py."""
-    noise = {(r["shape"], r["mode"]): noise_of(Ratio(**r["ratio"])) for r in rows if r["provider"] == "plain"}
-    known = {(r["shape"], r["mode"], r["provider"]): r["ratio"]["median"] for r in before}
-    for row in rows:
+    noise = {(r["shape"], r["mode"]): noise_of(Ratio(**r["ratio"])) for r in timed(rows) if r["provider"] == "plain"}
+    known = {(r["shape"], r["mode"], r["provider"]): r["ratio"]["median"] for r in timed(before)}
+    for row in timed(rows):
         key = (row["shape"], row["mode"])
         old = known.get((*key, row["provider"]))
         if old is None or not row["provider"].startswith("ours") or key not in noise:
@@ -132,13 +137,13 @@ def step_table(rows: Sequence[Row]) -> str:
 
 
 def _line(row: Row) -> str:
-    useful, ratio, other = row.get("useful_flops"), row["ratio"], row.get("ratio_to_replace")
+    useful, ratio, other = row.get("useful_flops"), row.get("ratio"), row.get("ratio_to_replace")
     counting = ""
     if row["provider"].startswith("ours") and useful:
         counting = f"{row['plain_flops'] / useful:.2f}"
     cells = (
         f"{row['pairs_per_second']:.3g}",
-        f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
+        f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "plain does not fit",
         counting,
         f"{other['median']:.2f}" if other else "",
         f"{row['mfu']:.0%}" if "mfu" in row else "",
@@ -162,9 +167,9 @@ def savings_table(rows: Sequence[Row]) -> str:
 
 def _savings(rows: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
     """(a step without a saving, the whole step of its shape and mode), of the first shape that has them."""
-    own = {(r["shape"], r["mode"]): r for r in rows if r["provider"] == "ours"}
+    own = {(r["shape"], r["mode"]): r for r in timed(rows) if r["provider"] == "ours"}
     first = None
-    for row in rows:
+    for row in timed(rows):
         key = (row["shape"], row["mode"])
         if row["provider"].startswith("without: ") and first in (None, key) and key in own:
             first = key
@@ -220,7 +225,10 @@ def plots(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         bars(
             "Pairs a second, in times of the plain step",
             f"of the same shape and mode, medians of steps made in turn; {where}",
-            [(label(r), [(r["ratio"]["median"], _colour(r["provider"]))], f"{r['ratio']['median']:.2f}") for r in main],
+            [
+                (label(r), [(r["ratio"]["median"], _colour(r["provider"]))], f"{r['ratio']['median']:.2f}")
+                for r in timed(main)
+            ],
         ),
     )
     yield (

@@ -140,6 +140,15 @@ def test_the_table_says_how_many_times_plain_a_step_is_and_what_counting_promise
     assert [cell.strip() for cell in line.split("|")[2:5]] == ["160", "1.60 (1.59-1.61)", "2.00"]
 
 
+def test_where_plain_does_not_fit_a_row_has_no_ratio_and_is_still_a_row() -> None:
+    alone = {key: value for key, value in row("ours", 1.6).items() if key != "ratio"}
+    result = {"rows": [alone, *ROWS[1:]], "parts": [], "about": {"device": "small"}}
+
+    assert "plain does not fit" in report.step_table([alone])
+    assert {name for name, _ in report.plots(result)} == {"step_throughput", "step_memory"}
+    assert not list(report.regressions([alone], ROWS))
+
+
 def test_a_saving_is_read_against_the_whole_step() -> None:
     line = report.savings_table(ROWS).splitlines()[-1]
 
@@ -257,6 +266,17 @@ def test_when_the_time_is_over_the_rest_is_skipped() -> None:
     ((_, found),) = gpu.run_all(gpu.PARTS[:1], False, None, 0)
 
     assert found["status"] == "skipped" and "seconds for all parts are over" in found["reason"]
+
+
+def test_steps_of_a_gpu_are_kept_once_the_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    parts = {"main": {"rows": ROWS}, "compiled": {"rows": [row("ours", 9.9), row("ours, compiled", 2.0)]}, "tests": {}}
+
+    gpu.write_steps({"about": {}, "parts": parts})
+
+    rows = json.loads((tmp_path / "benchmarks" / "results" / "step_gpu.json").read_text())["rows"]
+    assert rows == [*ROWS, row("ours, compiled", 2.0)]
 
 
 def test_a_part_that_works_one_that_fails_and_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
