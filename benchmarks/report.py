@@ -77,7 +77,9 @@ def read_run(path: Path) -> dict[str, Any]:
     rows = [i for i in infos if "provider" in i]
     if not rows:
         raise ValueError(f"expected rows of benchmarks/test_step.py in {path}; got {len(infos)} of other benchmarks.")
-    return {"about": about(rows[0]["device"]), "rows": rows, "parts": [i for i in infos if "parts" in i]}
+    where = rows[0]["about"]
+    rows = [{key: value for key, value in row.items() if key != "about"} for row in rows]
+    return {"about": where, "rows": rows, "parts": [i for i in infos if "parts" in i]}
 
 
 def left_out(rows: Sequence[Row]) -> Iterator[str]:

@@ -27,6 +27,7 @@ from .counts import count
 from .measure import Ratio, Step, matmul_roof, parts_of, peak_memory, seconds
 from .peers import Provider
 from .providers import PROVIDERS, counts_ops, dtype_on, made, ours
+from .report import about
 from .shapes import SHAPES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,6 +54,7 @@ ON_A_GPU = (
     ("large-64", "replace", MAIN, 5),
     ("large-64", "drop", MAIN, 5),
 )
+ABOUT = about(DEVICE.type)  # now: the checkout may be another one when the run ends
 ROWS = ON_A_GPU if DEVICE.type == "cuda" else ON_A_CPU
 
 
@@ -135,7 +137,7 @@ def test_step(
     for name, reference in times.items():
         info["ratio" if name == mode else "ratio_to_replace"] = asdict(Ratio.of(reference, own))
     info |= {"seconds": median(own), "pairs_per_second": size.pairs / median(own), "roof": roof(threads)}
-    info |= {"device": str(DEVICE), "threads": threads, "differences": list(provider.differences)}
+    info |= {"device": str(DEVICE), "about": ABOUT, "threads": threads, "differences": list(provider.differences)}
     if not provider.differences:
         info |= {"useful_flops": size.useful_flops(mode), "plain_flops": size.plain_flops(mode)}
         info["mfu"] = info["useful_flops"] / info["seconds"] / info["roof"]

@@ -174,8 +174,9 @@ def test_plots_are_pictures_whose_bars_are_as_long_as_their_numbers() -> None:
 
 def test_a_run_is_read_from_either_form_and_one_without_steps_is_refused(tmp_path: Path) -> None:
     lines, run, other = tmp_path / "rows.jsonl", tmp_path / "run.json", tmp_path / "other.json"
-    lines.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
-    run.write_text(json.dumps({"benchmarks": [{"extra_info": r} for r in ROWS]}))
+    infos = [r | {"about": report.about("cpu")} for r in ROWS]
+    lines.write_text("".join(json.dumps(i) + "\n" for i in infos))
+    run.write_text(json.dumps({"benchmarks": [{"extra_info": i} for i in infos]}))
     other.write_text(json.dumps({"benchmarks": [{"extra_info": {}}]}))
 
     assert report.read_run(lines)["rows"] == report.read_run(run)["rows"] == ROWS
