@@ -112,6 +112,7 @@ def install(packages: Sequence[str], wheels: Path) -> str | None:
 def run_part(part: Part, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
     """{"status": done | skipped | failed | out of time, "seconds", "reason", and what the part found}."""
     answer = ROOT / "runs" / f"gpu-part-{os.getpid()}.json"
+    answer.parent.mkdir(exist_ok=True)
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-m", RUNNER, str(answer), *arguments]
     start = time.monotonic()
