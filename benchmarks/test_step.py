@@ -36,9 +36,9 @@ MAIN = tuple(name for name in ALL if not name.startswith("without: "))
 EAGER = tuple(name for name in MAIN if "compiled" not in name)  # compiling takes minutes
 # (shape, mode, providers, rounds): what fits into 12 minutes of two cores, or into 5 of a GPU
 ON_A_CPU = (
-    ("tiny", "replace", ALL, 10),
-    ("tiny", "drop", ("ours", "plain"), 10),
-    ("tiny", "drop, late", ("ours", "plain"), 10),
+    ("tiny", "replace", ALL, 8),
+    ("tiny", "drop", ("ours", "plain"), 8),
+    ("tiny", "drop, late", ("ours", "plain"), 8),
     ("vit-s-4", "replace", EAGER, 3),
     ("vit-s-4", "drop", ("ours",), 3),
     ("vit-s-4", "drop, late", ("ours",), 3),
@@ -46,7 +46,7 @@ ON_A_CPU = (
     ("base-2", "drop", ("ours",), 2),
 )
 ON_A_GPU = (
-    ("base-64", "replace", ALL, 10),
+    ("base-64", "replace", ALL, 8),
     ("base-64", "drop", ALL, 10),
     ("base-256", "replace", MAIN, 10),
     ("base-256", "drop", MAIN, 10),
