@@ -28,7 +28,7 @@ PART = "part: "  # how the names of record_function begin
 def wait(device: torch.device) -> None:
     """Until the device has done all that it was asked."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)  # sync: a step is timed from an idle device to an idle device
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -9,7 +9,6 @@ weights and an optimizer of its own. `skipped` says why one cannot run here, or 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -23,13 +22,12 @@ from mvle_kernels.dispatch import OPS
 from mvle.config import Config, check_ranks
 from mvle.data.batch import Batch
 from mvle.engine import build as build_file
-from mvle.engine.optim import build_optimizer, clip_and_step
 from mvle.engine.parallel import Parallel, ParallelConfig
 from mvle.engine.train_step import TrainStep
 from mvle.model.model import MaskVLM
 
 from .peers import Provider, Step, albef, compiled_plain, flava
-from .peers.plain import Plain, plain_inputs
+from .peers.training import plain_step
 from .shapes import MASK, Shape
 from .switches import SWITCHES
 
@@ -82,42 +80,11 @@ def ours(
     return step
 
 
-def _needs_compiler(device: torch.device) -> str | None:
-    if device.type == "cpu" and shutil.which("g++") is None:
-        return "torch.compile needs a C++ compiler (g++)"
-    return None
-
-
 def _no_kernels_of_our_own(device: torch.device) -> str | None:
     names = sorted({b.name for op in OPS.values() for b in op.backends})
     if names == ["dense", "reference"]:
         return "the same step as `ours` until there are kernels of our own: all attention is torch's"
     return None
-
-
-# ---- the plain graph ------------------------------------------------------------------------------------------------
-
-
-def plain(
-    config: Config, vocabulary: int, mask_id: int, batch: Batch, device: torch.device, dtype: torch.dtype
-) -> Step:
-    """The strong form of the plain graph: autograd over each pass on its own, captions padded to the longest of the
-    batch, torch's attention, fused AdamW, bfloat16 products on a GPU. It is not charged for drawing its masks."""
-    with torch.device(device):
-        model = MaskVLM(config, vocabulary, mask_id)
-    model.init_weights(config.run.seed)
-    optimizer = build_optimizer(model, config.optim)
-    weights = {o.name: o.weight for o in model.objectives}
-    graph, inputs = Plain(model), plain_inputs(model, batch, config.run.seed)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses = graph.losses(inputs)
-        sum(weights[name] * loss for name, loss in losses.items()).backward()  # type: ignore[union-attr]
-        clip_and_step(optimizer, config.optim.clip)
-
-    return step
 
 
 # ---- all ------------------------------------------------------------------------------------------------------------
@@ -130,7 +97,7 @@ PROVIDERS: dict[str, Provider] = {
             "ours, compiled",
             "kernels.compile: torch.compile over the dense pieces of blocks",
             partial(ours, overrides={"compile": True}),
-            skip=_needs_compiler,
+            skip=compiled_plain.needs_compiler,
         ),
         Provider(
             "ours, library attention",
@@ -142,7 +109,9 @@ PROVIDERS: dict[str, Provider] = {
             Provider(f"without: {switch.name}", switch.without, partial(ours, model=switch.model))
             for switch in SWITCHES.values()
         ),
-        Provider("plain", "each pass on its own, padded (benchmarks/peers/plain.py)", plain),
+        # the strong form: captions padded to the longest of the batch alone, torch's attention, fused AdamW, bfloat16
+        # products on a GPU
+        Provider("plain", "each pass on its own, padded (benchmarks/peers/plain.py)", plain_step),
         compiled_plain.PROVIDER,
         albef.PROVIDER,
         flava.PROVIDER,

@@ -192,10 +192,9 @@ def repeated(packed: Packed, draws: Sequence[Draw | None], row_multiple: int) ->
 
 
 class Replanned(Patched):
-    """A model whose stages are planned from other sets, sources or contexts."""
+    """A model whose stages are planned by its own `plan`, from other sets, sources or contexts."""
 
-    def plan(self, sets: Sequence[QuerySet], sources: Any, contexts: Any, *rest: Any) -> StagePlan:
-        raise NotImplementedError
+    plan: Callable[..., StagePlan]
 
     @contextmanager
     def patched(self) -> Iterator[None]:

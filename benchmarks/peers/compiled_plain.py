@@ -22,12 +22,11 @@ from torch import Tensor
 from mvle.config import Config
 from mvle.data.batch import Batch
 from mvle.engine.blocks import COMPILATIONS
-from mvle.engine.optim import build_optimizer
 from mvle.model.model import MaskVLM
 
 from . import Provider, Step
-from .plain import Plain, plain_inputs
-from .training import training_step
+from .plain import Plain
+from .training import plain_step
 
 Compiler = Callable[..., Any]
 
@@ -95,15 +94,11 @@ def make(
 
     limits.recompile_limit = max(limits.recompile_limit, COMPILATIONS)  # torch counts by code, which all steps share
     compiler = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-    with torch.device(device):
-        model = MaskVLM(config, vocabulary, mask_id)
-    model.init_weights(config.run.seed)
-    optimizer = build_optimizer(model, config.optim)
-    weights = {o.name: o.weight for o in model.objectives}
-    inputs = plain_inputs(model, batch, config.run.seed)
-    losses_of = compiler(Plain(model).losses) if one_graph else BlockByBlock(model, compiler).losses
 
-    return training_step(optimizer, lambda: losses_of(inputs), weights, config.optim.clip, device, dtype)
+    def losses_of(model: MaskVLM) -> Callable[..., Any]:
+        return compiler(Plain(model).losses) if one_graph else BlockByBlock(model, compiler).losses
+
+    return plain_step(config, vocabulary, mask_id, batch, device, dtype, losses_of)
 
 
 def needs_compiler(device: torch.device) -> str | None:

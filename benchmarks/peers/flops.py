@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import torch
-from mvle_kernels import Packed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,28 +23,10 @@ from mvle.config import Config, load_config
 from mvle.data.batch import Batch
 from mvle.model.model import MaskVLM
 
+from ..shapes import MASK, make_batch
 from . import albef, flava
 from .plain import Plain, PlainInputs, plain_inputs
 from .training import Sized
-
-MASK, FIRST_WORD = 4, 5
-
-
-def random_batch(config: Config, vocabulary: int, lengths: Sequence[int]) -> Batch:
-    """Random pixels and words, a pair a caption length."""
-    draw, pairs, size = torch.Generator().manual_seed(0), len(lengths), config.model.image.size
-    captions = [torch.randint(FIRST_WORD, vocabulary, (n,), generator=draw, dtype=torch.int32) for n in lengths]
-    ids = torch.arange(pairs)
-    low, high = config.masking.ratio_range
-    return Batch(
-        torch.randint(0, 256, (pairs, size, size, 3), generator=draw, dtype=torch.uint8),
-        Packed.of(captions, 1),
-        ids,
-        ids,
-        ids,
-        [str(i) for i in range(pairs)],
-        ((low + high) / 2,) * pairs,
-    )
 
 
 def on_meta(inputs: PlainInputs) -> PlainInputs:
@@ -106,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     overrides = [f"batch.total={options.pairs}", f"objectives.itm.group={options.pairs}", *options.overrides]
     config = load_config(options.config, overrides)
-    batch = random_batch(config, options.vocabulary, [options.tokens] * options.pairs)
+    batch = make_batch(config, options.vocabulary, (options.tokens,) * options.pairs)
     inputs = plain_inputs(Sized(config, options.vocabulary, MASK), batch, 0, options.padded)
     for name, counted in COUNTS.items():
         flops = counted(config, options.vocabulary, inputs) / options.pairs

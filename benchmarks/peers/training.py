@@ -1,4 +1,4 @@
-"""What the peers share around their losses: padded inputs, first weights, and the optimizer step."""
+"""What the peers share around their losses: first weights, the optimizer step, and the whole step of plain."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mvle.config import Config
-from mvle.engine.optim import clip_and_step
+from mvle.data.batch import Batch
+from mvle.engine.optim import build_optimizer, clip_and_step
 from mvle.model.config import ImageEncoderConfig
+from mvle.model.model import MaskVLM
 
 from . import Step
+from .plain import Plain, PlainInputs, plain_inputs
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,33 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             found = losses()
-        torch.stack([loss * (weights[name] if weights else 1) for name, loss in found.items()]).sum().backward()
+        sum(loss if weights is None else weights[name] * loss for name, loss in found.items()).backward()  # type: ignore
         _, skipped = clip_and_step(optimizer, clip)
         return {name: loss.detach() for name, loss in found.items()} | {"skipped": skipped}
 
     return step
+
+
+def plain_step(
+    config: Config,
+    vocabulary: int,
+    mask_id: int,
+    batch: Batch,
+    device: torch.device,
+    dtype: torch.dtype,
+    losses_of: Callable[[MaskVLM], Callable[[PlainInputs], Mapping[str, Tensor]]] = lambda model: Plain(model).losses,
+) -> Step:
+    """A step of the plain graph from the first weights of a MaskVLM; it is not charged for drawing its masks.
+
+    losses_of: what computes the losses over a model's weights.
+    """
+    with torch.device(device):
+        model = MaskVLM(config, vocabulary, mask_id)
+    model.init_weights(config.run.seed)
+    optimizer = build_optimizer(model, config.optim)
+    weights = {o.name: o.weight for o in model.objectives}
+    inputs, losses = plain_inputs(model, batch, config.run.seed), losses_of(model)
+    return training_step(optimizer, lambda: losses(inputs), weights, config.optim.clip, device, dtype)
 
 
 def normalised(images: Tensor, image: ImageEncoderConfig) -> Tensor:

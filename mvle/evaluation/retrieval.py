@@ -154,7 +154,8 @@ def match_pairs(
         texts, text_at = torch.unique(torch.tensor(text_index[part]), return_inverse=True)
         image_rows = Packed.of([found.image_rows[i] for i in images.tolist()]).to(device)
         text_rows = Packed.of([found.text_rows[i] for i in texts.tolist()]).to(device)
-        parts.append(model.match(image_rows, text_rows, image_at.to(device), text_at.to(device)).float().cpu())  # sync
+        odds = model.match(image_rows, text_rows, image_at.to(device), text_at.to(device))
+        parts.append(odds.float().cpu())  # sync: evaluation
     return torch.cat(parts) if parts else torch.zeros(0)
 
 

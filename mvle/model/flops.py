@@ -167,9 +167,9 @@ def step_flops(
     """
     model, kinds = config.model, config.objectives
     sizes, D, pairs = Sizes.of(model), model.width, len(lengths)
-    patches, masked, masked_rows = _images(config, image_ratios, side)
+    patches, masked, masked_rows = image_counts(config, image_ratios, side)
     clean = [1 + exact_count(config.masking.clean_keep, patches)] * pairs  # rows of each clean image view, in training
-    whole, words = [patches + 1] * pairs, [masked_token_count(n, config.masking.text_ratio) for n in lengths]
+    whole, words = [patches + 1] * pairs, _masked_words(config, lengths)
     mim, mlm, itc, itm = (o.weight > 0 for o in (kinds.mim, kinds.mlm, kinds.itc, kinds.itm))
     other = list(lengths) if drawn is None else list(drawn)
     clean_image, clean_text = mlm or itc or itm, mim or itc or itm
@@ -180,13 +180,7 @@ def step_flops(
         "image masked": model.image.depth * sizes.block(masked_rows) * mim,
         "text": model.text.depth * sizes.block(lengths) * (clean_text + mlm),
     }
-    # the cross stages: who asks, what each sequence reads, what is read of it
-    inserted = masked_rows if config.masking.insert == "decoder" else whole
-    to_images = {"mim": Asked(inserted, inserted, lengths, None)} if mim else {}
-    to_texts = {"mlm": Asked(lengths, lengths, clean, words)} if mlm else {}
-    if itm:
-        to_images["itm"] = Asked(clean, clean * 3, [*lengths, *lengths, *other], "global")
-        to_texts["itm"] = Asked(lengths, [*lengths, *lengths, *other], clean * 3, "global")
+    to_images, to_texts = _questions(config, lengths, other, clean, whole, masked_rows)
     for stage in (to_images, to_texts):
         for name, work in zip(stage, sizes.stage([*stage.values()], model.cross_depth), strict=True):
             forward[name] = forward.get(name, 0) + work
@@ -207,6 +201,34 @@ def step_flops(
     return parts
 
 
+def _masked_words(config: Sections, lengths: Sequence[int]) -> list[int]:
+    return [masked_token_count(n, config.masking.text_ratio) for n in lengths]
+
+
+def _questions(
+    config: Sections,
+    lengths: Sequence[int],
+    other: Sequence[int],
+    clean: list[int],
+    whole: list[int],
+    masked_rows: list[int],
+) -> tuple[dict[str, Asked], dict[str, Asked]]:
+    """What is asked of the image and of the text cross encoder, by objective. other: lengths of the captions drawn;
+    clean, whole, masked_rows: rows of each clean image, of all patches, of each masked image."""
+    kinds = config.objectives
+    to_images, to_texts = dict[str, Asked](), dict[str, Asked]()
+    if kinds.mim.weight > 0:
+        asking = masked_rows if config.masking.insert == "decoder" else whole
+        to_images["mim"] = Asked(asking, asking, lengths, None)
+    if kinds.mlm.weight > 0:
+        to_texts["mlm"] = Asked(lengths, lengths, clean, _masked_words(config, lengths))
+    if kinds.itm.weight > 0:
+        captions = [*lengths, *lengths, *other]
+        to_images["itm"] = Asked(clean, clean * 3, captions, "global")
+        to_texts["itm"] = Asked(lengths, captions, clean * 3, "global")
+    return to_images, to_texts
+
+
 def plain_flops(
     config: Sections,
     vocabulary: int,
@@ -220,7 +242,7 @@ def plain_flops(
     model, kinds = config.model, config.objectives
     sizes, D, pairs = Sizes.of(model), model.width, len(lengths)
     L = max(lengths) if length is None else length
-    patches, _, masked_rows = _images(config, image_ratios)
+    patches, _, masked_rows = image_counts(config, image_ratios)
     mim, mlm, itc, itm = (o.weight > 0 for o in (kinds.mim, kinds.mlm, kinds.itc, kinds.itm))
     X = 3 * model.image.patch**2
     images, texts = [patches + 1] * pairs, [L] * pairs
@@ -255,7 +277,9 @@ def plain_flops(
     return parts
 
 
-def _images(config: Sections, ratios: Sequence[float], side: int | None = None) -> tuple[int, list[int], list[int]]:
+def image_counts(
+    config: Sections, ratios: Sequence[float], side: int | None = None
+) -> tuple[int, list[int], list[int]]:
     """(patches of an image, how many are masked in each, rows of each masked view)."""
     image, masking = config.model.image, config.masking
     if side is not None:

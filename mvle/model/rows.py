@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from mvle_kernels import exact_count, round_up
 
 from ..data.batch import Batch
-from .flops import Sections
+from .flops import Sections, image_counts
 from .stage import group_capacity
-from .step import masked_cells, masked_token_count
+from .step import masked_token_count
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,10 @@ def step_rows(
     """
     model, masking, kinds = config.model, config.masking, config.objectives
     mim, mlm, itc, itm = (o.weight > 0 for o in (kinds.mim, kinds.mlm, kinds.itc, kinds.itm))
-    image = model.image if side is None else model.image.model_copy(update={"size": side})
-    pairs, text, patches = len(lengths), sum(lengths), image.grid[0] * image.grid[1]
-    masked = sum(masked_cells(r, masking, image) for r in image_ratios) * (masking.cell // image.patch) ** 2
+    patches, masked_of_each, seen_of_each = image_counts(config, image_ratios, side)
+    pairs, text, masked, seen = len(lengths), sum(lengths), sum(masked_of_each), sum(seen_of_each)
     words = sum(masked_token_count(n, masking.text_ratio) for n in lengths)
     whole, clean = pairs * (patches + 1), pairs * (exact_count(masking.clean_keep, patches) + 1)
-    seen = whole if masking.mode == "replace" else whole - masked
     asking = whole if masking.insert == "cross" else seen  # the masked images, where they enter the cross encoder
     room = group_capacity(lengths, kinds.itm.group)  # for the captions drawn
 
@@ -59,7 +57,7 @@ def step_rows(
 
     depth = model.cross_depth
     rows = {
-        "image encoder": buffer(clean * (mlm or itc or itm) + seen * mim, image.depth),
+        "image encoder": buffer(clean * (mlm or itc or itm) + seen * mim, model.image.depth),
         "text encoder": buffer(text * ((mim or itc or itm) + mlm), model.text.depth),
         "image cross": buffer(asking * mim + 3 * clean * itm, depth - itm),
         "image cross, last": buffer(asking * mim + 3 * pairs, int(itm)),

@@ -54,31 +54,21 @@ def plan_stage(
     context_starts = dict(zip(map(id, read_from), accumulate([0, *(c.sequences for c in read_from)]), strict=False))
 
     # 1) the query sequences: each set's parts end to end
+    parts = [_parts(s, sources[s.name], context_starts[id(contexts[s.name])]) for s in sets]
+    set_layouts = [[part.layout for part in of_one] for of_one in parts]
+    every = [part for of_one in parts for part in of_one]
     plain = all(s.expand == (None,) for s in sets) and len(own) == len(sets)
-    pieces: list[tuple[Packed, Draw | None, Packed]] = []  # (source, draw, its layout)
-    kv: list[Tensor] = []
-    set_layouts: list[list[Packed]] = []
-    for s in sets:
-        source, start = sources[s.name], context_starts[id(contexts[s.name])]
-        parts = []
-        for draw, reads in zip(s.expand, s.kv_index, strict=True):
-            layout = source if draw is None else _drawn_layout(source, draw)
-            parts.append(layout)
-            pieces.append((source, draw, layout))
-            pairs = torch.arange(source.sequences, device=x.offsets.device, dtype=torch.int32)
-            kv.append((pairs if reads is None else reads.index) + start)
-        set_layouts.append(parts)
-    queries = x if plain else concatenate([_bare(layout) for _, _, layout in pieces], row_multiple)
-    kv_index: Tensor | None = torch.cat(kv)
-    if len(read_from) == 1 and all(s.kv_index == (None,) for s in sets) and len(sets) == 1:
+    queries = x if plain else concatenate([_bare(part.layout) for part in every], row_multiple)
+    spread = None if plain else _spread(own, every, queries.total)
+    kv_index: Tensor | None = torch.cat([part.reads for part in every])
+    if len(sets) == 1 and sets[0].kv_index == (None,):
         kv_index = None
-    spread = None if plain else _spread(own, pieces, queries.total)
 
     # 2) the rows that the last block computes, and 3) what each set gets back
     rows, read = None, queries
     if any(s.read != "all" for s in sets):
         rows, read = _rows_to_read(sets, set_layouts, queries, row_multiple)
-    outputs = tuple((s.name, _output_layout(s, parts)) for s, parts in zip(sets, set_layouts, strict=True))
+    outputs = tuple((s.name, _output_layout(s, layouts)) for s, layouts in zip(sets, set_layouts, strict=True))
 
     # 4) each block: the first meets the distinct sources, the last asks for what is read alone
     shared = spread is not None
@@ -97,6 +87,30 @@ def plan_stage(
         assert cross_plan is not None
         blocks.append(BlockPlan(self_plan, cross_plan, None if i else spread, rows if last else None, single))
     return StagePlan(x, context, tuple(blocks), outputs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Source sequences as one part of a set repeats them: in order (draw None) or as drawn, their layout, and the
+    context that each reads, int32."""
+
+    source: Packed
+    draw: Draw | None
+    layout: Packed
+    reads: Tensor
+
+
+def _parts(s: QuerySet, source: Packed, first_context: int) -> list[_Part]:
+    pairs = torch.arange(source.sequences, device=source.offsets.device, dtype=torch.int32)
+    return [
+        _Part(
+            source,
+            draw,
+            source if draw is None else _drawn_layout(source, draw),
+            (pairs if reads is None else reads.index) + first_context,
+        )
+        for draw, reads in zip(s.expand, s.kv_index, strict=True)
+    ]
 
 
 def _asked_at_the_end(
@@ -187,9 +201,7 @@ def _read_positions(s: QuerySet, layout: Packed) -> tuple[tuple[int, ...], Tenso
     return lengths, row_index(layout)[1][: sum(lengths)]
 
 
-def _spread(
-    own: Sequence[Packed], pieces: Sequence[tuple[Packed, Draw | None, Packed]], total: int
-) -> Callable[[Tensor], Tensor]:
+def _spread(own: Sequence[Packed], every: Sequence[_Part], total: int) -> Callable[[Tensor], Tensor]:
     sizes = [sum(p.lengths or ()) for p in own]
     slots = {id(p): i for i, p in enumerate(own)}
     layouts = [p.part(0, p.sequences) for p in own]  # without tails
@@ -197,12 +209,12 @@ def _spread(
     def run(x: Tensor) -> Tensor:
         parts = x.split([*sizes, len(x) - sum(sizes)])
         rows = []
-        for source, draw, layout in pieces:
-            slot = slots[id(source)]
-            if draw is None:
+        for part in every:
+            slot = slots[id(part.source)]
+            if part.draw is None:
                 rows.append(parts[slot])
             else:
-                rows.append(expand(layouts[slot].with_rows(parts[slot]), draw.index, layout).rows)
+                rows.append(expand(layouts[slot].with_rows(parts[slot]), part.draw.index, part.layout).rows)
         tail = total - sum(len(r) for r in rows)
         return torch.cat([*rows, x.new_zeros(tail, x.shape[1])])
 

@@ -83,25 +83,20 @@ FREE: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("fake", [False, True], ids=["cpu", "fake cuda"])
+def assert_refused(asks: Callable[[Tensor, Tensor], Any], x: Tensor, flags: Tensor) -> None:
+    with RefuseSyncs(), pytest.raises(SyncError, match=r"waits for the device.*test_no_sync.py:\d+ <lambda>"):
+        asks(x, flags)
+
+
 @pytest.mark.parametrize("asks", ASKS.values(), ids=ASKS)
-def test_what_asks_the_device_is_refused(asks: Callable[[Tensor, Tensor], Any], fake: bool) -> None:
-    if not fake:
-        with RefuseSyncs(), pytest.raises(SyncError, match=r"waits for the device.*test_no_sync.py:\d+ <lambda>"):
-            asks(torch.ones(4), torch.tensor([True, False, True, True]))
-        return
-    with fake_device() as device:
-        x, flags = torch.ones(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
-        with RefuseSyncs(), pytest.raises(SyncError, match=r"waits for the device.*test_no_sync.py:\d+ <lambda>"):
-            asks(x, flags)
+def test_what_asks_the_cpu_is_refused(asks: Callable[[Tensor, Tensor], Any]) -> None:
+    assert_refused(asks, torch.ones(4), torch.tensor([True, False, True, True]))
 
 
-@pytest.mark.parametrize("copies", COPIES.values(), ids=COPIES)
-def test_a_copy_that_is_waited_for_is_refused(copies: Callable[[Tensor, Tensor], Any]) -> None:
+@pytest.mark.parametrize("asks", (ASKS | COPIES).values(), ids=ASKS | COPIES)
+def test_what_asks_the_device_and_a_copy_that_is_waited_for_are_refused(asks: Callable[[Tensor, Tensor], Any]) -> None:
     with fake_device() as device:
-        x, flags = torch.ones(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
-        with RefuseSyncs(), pytest.raises(SyncError, match=r"waits for the device.*test_no_sync.py:\d+ <lambda>"):
-            copies(x, flags)
+        assert_refused(asks, torch.ones(4, device=device), torch.ones(4, dtype=torch.bool, device=device))
 
 
 @pytest.mark.parametrize("free", FREE.values(), ids=FREE)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.peers import Provider, albef, compiled_plain, flava
-from benchmarks.peers.flops import COUNTS, random_batch
+from benchmarks.peers.flops import COUNTS
 from benchmarks.peers.plain import Plain, PlainInputs, plain_inputs
 from benchmarks.peers.training import Sized
+from benchmarks.shapes import make_batch as random_batch
 from mvle.config import Config, load_config
 from mvle.engine.optim import build_optimizer, clip_and_step
 from mvle.model.model import MaskVLM
@@ -113,7 +114,7 @@ TEXT_PASSES = {"plain": 2 * 3, "ALBEF": 2 * (3 + 1), "FLAVA": 2 * 3}
 @pytest.mark.parametrize("name", ["plain", "ALBEF", pytest.param("FLAVA", marks=needs_transformers)])
 def test_a_block_more_costs_its_flops_once_for_each_pass_of_the_peer(name: str) -> None:
     pairs, tokens, padded = 2, 7, 12
-    batch = random_batch(small(), VOCABULARY, [tokens] * pairs)
+    batch = random_batch(small(), VOCABULARY, (tokens,) * pairs)
 
     def flops(*overrides: str) -> int:
         config = small("objectives.itm.group=2", *overrides)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.counts import count
 from benchmarks.switches import SWITCHES, Switch
 from mvle.data.batch import Batch
 from mvle.model.model import MaskVLM
@@ -17,18 +16,6 @@ from ..helpers import MASK, VOCABULARY, make_batch, make_config, make_model
 # these do the same arithmetic in more calls
 SAME_ARITHMETIC = ("both views in one call", "all questions in one call", "keys and values in one product")
 switches = pytest.mark.parametrize("switch", SWITCHES.values(), ids=lambda s: s.name)
-
-
-class Launches(TorchDispatchMode):
-    """Counts ops that compute something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 def off(switch: Switch, model: MaskVLM) -> MaskVLM:
@@ -65,10 +52,9 @@ def test_a_step_without_the_saving_does_more(switch: Switch, mode: str) -> None:
     model, batch = make_model(make_config(mode, cross_depth=3, decoder_depth=2)), make_batch()
     products, launches = [], []
     for one in (model, off(switch, model)):
-        with FlopCounterMode(display=False) as flops, Launches() as counted:
-            step(one, batch)
-        products.append(flops.get_total_flops())
-        launches.append(counted.count)
+        counted = count(lambda one=one: step(one, batch))
+        products.append(counted.flops)
+        launches.append(counted.launches)
 
     if switch.name in SAME_ARITHMETIC:
         assert products[1] >= products[0] and launches[1] > launches[0]
