@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..section import Section
+from .host_memory import hold_freed_memory
 
 MARGIN = 30.0  # seconds that a process group waits longer than the watch over ranks does
 # entries of the model beside `forward`
@@ -123,6 +124,7 @@ class Parallel:
             prepare_cuda()
             torch.cuda.set_device(local)
             return cls(rank, ranks, torch.device("cuda", local), shape, *limits)
+        hold_freed_memory()
         return cls(rank, ranks, torch.device("cpu"), shape, *limits)
 
     def _join(self, shape: tuple[int, int]) -> None:

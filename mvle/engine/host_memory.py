@@ -1,0 +1,27 @@
+"""Memory of a CPU run stays with the process between steps.
+
+glibc gives a freed large buffer back to the system, and the next one of that size comes as fresh pages, each zeroed at
+its first touch. A training step frees and asks for the same buffers again and again: on two cores that was 6% to 17% of
+a step of ViT-S or base, and it differed from run to run. Held, the same pages serve every step; a process is then as
+large as its fullest moment (2.8 GB instead of 2.6 for ViT-S at 4 pairs).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+# of glibc's malloc.h: never give back the top of the heap; take no buffer from the system by itself
+M_TRIM_THRESHOLD, NEVER = -1, -1
+M_MMAP_MAX, NONE = -4, 0
+OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+def hold_freed_memory() -> bool:
+    """Ask glibc to keep what is freed from now on; whether it does. False, and nothing done, with another C library or
+    where the user has settings of malloc, or another malloc, in the environment."""
+    if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in OWN_SETTINGS):
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_TRIM_THRESHOLD, NEVER)) and bool(mallopt(M_MMAP_MAX, NONE))
