@@ -39,11 +39,11 @@ ON_A_CPU = (
     ("tiny", "replace", ALL, 8),
     ("tiny", "drop", ("ours", "plain"), 8),
     ("tiny", "drop, late", ("ours", "plain"), 8),
-    ("vit-s-4", "replace", EAGER, 6),
-    ("vit-s-4", "drop", ("ours", "plain"), 6),
-    ("vit-s-4", "drop, late", ("ours",), 6),
-    ("base-2", "replace", ("ours",), 4),
-    ("base-2", "drop", ("ours",), 4),
+    ("vit-s-4", "replace", EAGER, 4),
+    ("vit-s-4", "drop", ("ours", "plain"), 4),
+    ("vit-s-4", "drop, late", ("ours",), 4),
+    ("base-2", "replace", ("ours",), 3),
+    ("base-2", "drop", ("ours",), 3),
 )
 ON_A_GPU = (
     ("base-64", "replace", ALL, 8),
