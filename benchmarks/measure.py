@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mvle.engine.host_memory import give_back_freed_memory
+
 Step = Callable[[], Any]
 PART = "part: "  # how the names of record_function begin
 
@@ -95,6 +97,7 @@ def peak_memory(
     again: how it is called the second time, for whoever looks at more of it.
     """
     gc.collect()
+    give_back_freed_memory()
     if device.type == "cuda":
         wait(device)
         before = torch.cuda.memory_allocated(device)
