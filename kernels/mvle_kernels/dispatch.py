@@ -1,31 +1,40 @@
 """Picks a backend for each call of an op, and can say why each other one was refused.
 
-An op is a name and an ordered list of backends; a backend is a function and a `refuse(*args)` that returns why it
-cannot take these arguments, or None. The first that does not refuse is chosen. A demand comes before the choice, in
-this order: `set_backend` (a config key), the environment variable MVLE_BACKEND, the dispatcher. A demand that cannot
-be met is an error, never a silent fallback.
+An op is a name and an ordered list of backends; a backend is a function, a `refuse(*args)` that returns why it cannot
+take these arguments, or None, and an `unasked(*args)`: why it does not take them of itself, though it could. The first
+with neither is chosen. A demand comes before the choice, in this order: `set_backend` (a config key), the environment
+variable MVLE_BACKEND, the dispatcher. A demand is "triton", for every op that has such a backend, or
+"ragged_attention=dense,patchify=triton", for those alone. One that cannot be met is an error, never a silent fallback.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 OPS: dict[str, Op] = {}
-_demanded: str | None = None
+Demand = dict[str, str]  # op -> backend; EVERY: of all ops that have it
+EVERY = "*"
+_demanded: Demand = {}
+
+
+def never(*args: Any, **kwargs: Any) -> None:
+    """Nothing speaks against a backend."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: `run(*args)` computes, `refuse(*args)` says why it cannot (None: it can)."""
+    """One implementation: `run(*args)` computes, `refuse(*args)` says why it cannot (None: it can), `unasked(*args)`
+    why it waits for a demand."""
 
     name: str
     run: Callable[..., Any]
     refuse: Callable[..., str | None]
     why: str
+    unasked: Callable[..., str | None] = never
 
 
 @dataclass
@@ -39,31 +48,32 @@ class Op:
         OPS[self.name] = self
 
     def register(
-        self, name: str, why: str, refuse: Callable[..., str | None] = lambda *a, **k: None
+        self,
+        name: str,
+        why: str,
+        refuse: Callable[..., str | None] = never,
+        unasked: Callable[..., str | None] = never,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator: add a backend, behind those registered before it. `why` is the reason to choose it."""
 
         def add(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.backends.append(Backend(name, run, refuse, why))
+            self.backends.append(Backend(name, run, refuse, why, unasked))
             return run
 
         return add
 
     def judge(self, *args: Any, **kwargs: Any) -> tuple[Backend, list[tuple[str, str]]]:
         """The chosen backend, and (name, reason) for every backend in order. Raises ValueError if none can run."""
-        demand, source = demanded()
-        names = [b.name for b in self.backends]
-        if demand and demand not in names:
-            raise ValueError(f"{source} demands backend {demand!r} of {self.name}, which has {names}.")
+        demand, source = demanded(self.name, [b.name for b in self.backends])
         chosen: Backend | None = None
         reasons = []
         for backend in self.backends:
             if demand and backend.name != demand:
                 reasons.append((backend.name, f"refused: {source} demands {demand}"))
-                continue
-            refusal = backend.refuse(*args, **kwargs)
-            if refusal:
+            elif refusal := backend.refuse(*args, **kwargs):
                 reasons.append((backend.name, f"refused: {refusal}"))
+            elif not demand and (reason := backend.unasked(*args, **kwargs)):
+                reasons.append((backend.name, f"not asked: {reason}"))
             elif chosen is None:
                 chosen = backend
                 reasons.append((backend.name, f"chosen: {source + ' demands it' if demand else backend.why}"))
@@ -77,22 +87,40 @@ class Op:
         return self.judge(*args, **kwargs)[0].run(*args, **kwargs)
 
 
-def demanded() -> tuple[str | None, str]:
-    """The backend demanded for every op, and by whom (a config key, or the environment); (None, "") if nobody did."""
-    if _demanded:
-        return _demanded, "kernels.backend"
-    if name := os.environ.get("MVLE_BACKEND"):
-        return name, "MVLE_BACKEND"
-    return None, ""
+def read_demand(text: str | None, source: str) -> Demand:
+    """ "auto", "triton" or "op=backend,…" -> what is demanded of each op. Raises ValueError for an unknown name."""
+    if text in (None, "", "auto"):
+        return {}
+    assert text is not None
+    found: Demand = {}
+    for part in text.split(","):
+        op, _, backend = part.rpartition("=")
+        op, backend = op.strip() or EVERY, backend.strip()
+        if op != EVERY and op not in OPS:
+            raise ValueError(f"{source} demands a backend of op {op!r}; the ops are {sorted(OPS)}.")
+        known = sorted({b.name for o in OPS.values() if op in (EVERY, o.name) for b in o.backends})
+        if backend not in known:
+            whose = "" if op == EVERY else f" for {op}"
+            raise ValueError(f"{source} must be auto or one of {known}{whose}, or op=backend,…; got {backend!r}.")
+        found[op] = backend
+    return found
+
+
+def demanded(op: str, backends: Sequence[str]) -> tuple[str | None, str]:
+    """The backend demanded of an op, and by whom (a config key, or the environment); (None, "") if nobody did, or if
+    what every op should take is something that this one does not have."""
+    demand, source = _demanded, "kernels.backend"
+    if not demand and (text := os.environ.get("MVLE_BACKEND")):
+        demand, source = read_demand(text, "MVLE_BACKEND"), "MVLE_BACKEND"
+    name = demand.get(op, demand.get(EVERY))
+    return (name, source) if name in backends else (None, "")
 
 
 def set_backend(name: str | None) -> None:
-    """Demand one backend for every op (None or "auto": let each call choose). Raises ValueError for an unknown name."""
+    """Demand a backend of every op that has it, or "op=backend,…" (None or "auto": let each call choose). Raises
+    ValueError for an unknown name."""
     global _demanded
-    known = sorted({b.name for op in OPS.values() for b in op.backends})
-    if name not in (None, "auto", *known):
-        raise ValueError(f"kernels.backend must be auto or one of {known}; got {name!r}.")
-    _demanded = None if name == "auto" else name
+    _demanded = read_demand(name, "kernels.backend")
 
 
 @contextmanager
@@ -121,6 +149,6 @@ def explain(op: str | Callable[..., Any] | None = None, *args: Any, **kwargs: An
     if args or kwargs:
         _, reasons = OPS[name].judge(*args, **kwargs)
         return f"{name}: " + "; ".join(f"{backend} {reason}" for backend, reason in reasons)
-    demand, source = demanded()
+    demand, source = demanded(name, [b.name for b in OPS[name].backends])
     order = " > ".join(f"{b.name} ({b.why})" for b in OPS[name].backends)
     return f"{name}: {source + ' demands ' + demand if demand else order}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import triton_support
 from .dispatch import Op
 from .patches import as_patches, check_images, patchify, scale_and_shift
 
@@ -41,6 +42,19 @@ def _distance(prediction: Tensor, target: Tensor, real: Tensor, kind: str, per_p
     if kind == "mse":
         return d.square().sum()
     return (d.abs() + d.square()).sum()
+
+
+def _refuse(prediction: Tensor, images: Tensor, rows: Tensor, *_: Any) -> str | None:
+    if prediction.shape[1] > 4096:
+        return f"takes patches of at most 4096 values; got {prediction.shape[1]}"
+    return triton_support.refuse(prediction, images, rows)
+
+
+@PIXEL_LOSS.register("triton", "targets, loss and gradient in one pass", _refuse, triton_support.unasked)
+def _triton(*arguments: Any) -> Tensor:
+    from .pixel_loss_triton import masked_pixel_loss
+
+    return masked_pixel_loss(*arguments)
 
 
 @PIXEL_LOSS.register("dense", "reads the masked patches only")

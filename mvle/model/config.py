@@ -3,9 +3,10 @@ ViT-L/16 shape on the image side and RoBERTa's base and large shape on the text 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import Field, model_validator
+from mvle_kernels.dispatch import read_demand
+from pydantic import Field, field_validator, model_validator
 
 from ..section import Section
 
@@ -95,8 +96,10 @@ class ModelConfig(Section):
 class KernelsConfig(Section):
     """Which implementation computes an op, and how packed buffers are rounded."""
 
-    backend: Literal["auto", "reference", "dense"] = Field(
-        "auto", description="force one backend for every op (an op that lacks it is an error); auto lets each choose"
+    backend: str = Field(
+        "auto",
+        description="auto: each call chooses; triton, dense or reference: forced for every op that has it; "
+        "op=backend,…: for those ops",
     )
     compile: bool = Field(
         False,
@@ -105,3 +108,9 @@ class KernelsConfig(Section):
     row_multiple: int = Field(
         16, gt=0, description="packed buffers are rounded up to a multiple of this many rows, so that shapes repeat"
     )
+
+    @field_validator("backend")
+    @classmethod
+    def _known(cls, backend: str) -> str:
+        read_demand(backend, "kernels.backend")
+        return backend

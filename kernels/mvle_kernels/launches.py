@@ -1,0 +1,61 @@
+"""How kernels are launched: block sizes, warps and stages, by architecture, dtype and kind of shape.
+
+A kernel's file has a rule of its own that gives a config for any shape. Where a better one is known it stands in
+launches.json, and wins. Nothing is tuned while a model trains: `python -m mvle_kernels.tune` writes the file, on a GPU,
+when somebody asks it to.
+
+    {"sm_90": {"attention_forward bfloat16 q256 k16 e64": {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 1}}}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+TABLE = Path(__file__).parent / "launches.json"
+INTERPRETER = "interpreter"
+_target: str | None = None
+
+
+@cache
+def table() -> dict[str, dict[str, dict[str, int]]]:
+    """architecture -> key -> config."""
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
+
+
+@contextmanager
+def target(architecture: str) -> Iterator[None]:
+    """Choose as for this architecture ("sm_90"), whatever the device: for compiling without one."""
+    global _target
+    before, _target = _target, architecture
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def architecture(device: torch.device) -> str:
+    """sm_90 and the like; INTERPRETER for a CPU."""
+    if _target is not None:
+        return _target
+    if device.type != "cuda":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def key(kernel: str, dtype: torch.dtype, bucket: Mapping[str, int]) -> str:
+    """kernel, dtype and the kind of shape as one string."""
+    return " ".join([kernel, str(dtype).removeprefix("torch."), *(f"{name}{n}" for name, n in bucket.items())])
+
+
+def config(
+    kernel: str, device: torch.device, dtype: torch.dtype, bucket: Mapping[str, int], rule: Mapping[str, int]
+) -> Mapping[str, int]:
+    """What the table has for this kind of shape, else what the kernel's own rule says."""
+    return table().get(architecture(device), {}).get(key(kernel, dtype, bucket), rule)

@@ -1,0 +1,207 @@
+"""The pixel loss in one pass: targets from the uint8 image, their statistics, the loss and its gradient.
+
+Math     pixel_loss.py has it. A program takes one row r: t = the X values of the patch that rows[r] names, normalised
+         in registers; d = prediction - t; partial[r] = sum of |d|, d^2 or both; slope[r] = sign(d), 2 d or both.
+         The loss is the sum of `partial`; the gradient is slope times the gradient of the loss.
+Cost     a row reads s X bytes of prediction (s: bytes of its dtype), X bytes of image, and writes 4 bytes, and s X more
+         where there is a backward. Floor of base at 256 pairs, bfloat16, forward with gradient: 120 masked patches of
+         256 images, 768 values of 5 bytes = 118 MB. Plain torch makes the targets in float32 first, and reads and
+         writes them again.
+Exact    float32; a row's sums are one program's, rows are added by torch in a fixed order: bitwise repeatable.
+Limits   X <= 4096; the last dimension of the prediction contiguous.
+Measured not yet measured on a GPU
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launches import config
+from .triton_support import allocate, define, launch, power_of_2
+
+# ---- launch choice --------------------------------------------------------------------------------------------------
+
+
+def rule(values: int) -> dict[str, int]:
+    """A row of `values` values is one program: about 16 of them a thread, whose loads are in flight at once."""
+    block = power_of_2(values, 32)
+    return {"BLOCK_X": block, "num_warps": max(1, min(8, block // 512)), "num_stages": 1}
+
+
+# ---- kernel ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pixel_loss_kernel(
+    # inputs
+    prediction,
+    images,
+    rows,
+    # outputs
+    partial,
+    slope,
+    # sizes
+    patch,
+    down,  # patches of an image, from top to bottom and from side to side
+    across,
+    # strides
+    stride_r,
+    stride_b,
+    stride_h,
+    stride_w,
+    stride_c,
+    # scalars: pixel * scale + shift, of each channel
+    scale_0,
+    scale_1,
+    scale_2,
+    shift_0,
+    shift_1,
+    shift_2,
+    # compile-time
+    X: tl.constexpr,
+    L1: tl.constexpr,
+    MSE: tl.constexpr,
+    PER_PATCH: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """One row of the prediction against its patch."""
+    r = tl.program_id(0).to(tl.int64)
+    which = tl.load(rows + r).to(tl.int64)
+    x = tl.arange(0, BLOCK_X)
+    real = (x < X) & (which >= 0)
+
+    # the patch's place in the image, and each value's in the patch
+    which = tl.maximum(which, 0)
+    b, n = which // (down * across), which % (down * across)
+    channel = x % 3
+    height = (n // across) * patch + x // (3 * patch)
+    width = (n % across) * patch + (x // 3) % patch
+    place = b * stride_b + height * stride_h + width * stride_w + channel * stride_c
+
+    pixel = tl.load(images + place, mask=real, other=0).to(tl.float32)
+    scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
+    shift = tl.where(channel == 0, shift_0, tl.where(channel == 1, shift_1, shift_2))
+    target = pixel * scale + shift
+    if PER_PATCH:  # two passes in registers: a difference of large sums would lose the small deviations
+        mean = tl.sum(tl.where(real, target, 0.0), 0) / X
+        centred = tl.where(real, target - mean, 0.0)
+        target = centred / tl.sqrt(tl.sum(centred * centred, 0) / (X - 1) + 1e-6)
+
+    rebuilt = tl.load(prediction + r * stride_r + x, mask=real, other=0).to(tl.float32)
+    d = tl.where(real, rebuilt - target, 0.0)
+    loss = tl.zeros_like(d)
+    gradient = tl.zeros_like(d)
+    if L1:
+        loss += tl.abs(d)
+        gradient += tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))  # d itself where it is 0 or not a number
+    if MSE:
+        loss += d * d
+        gradient += 2 * d
+
+    tl.store(partial + r, tl.sum(loss, 0))
+    if SLOPE:
+        tl.store(slope + r * X + x, gradient.to(slope.dtype.element_ty), mask=x < X)
+
+
+# ---- launcher -------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    prediction: Tensor,
+    images: Tensor,
+    rows: Tensor,
+    patch: int,
+    scale: Sequence[float],
+    shift: Sequence[float],
+    l1: bool,
+    mse: bool,
+    per_patch: bool,
+    with_slope: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, slope [R, X]; [0, X] without a backward)."""
+    R, X = prediction.shape
+    _, height, width, _ = images.shape
+    device = prediction.device
+    partial = allocate((R,), torch.float32, device)
+    slope = allocate((R if with_slope else 0, X), prediction.dtype, device)
+    chosen: Mapping[str, int] = config("pixel_loss", device, prediction.dtype, {"x": X}, rule(X))
+    launch(
+        pixel_loss_kernel,
+        (R,),
+        chosen,
+        prediction=prediction,
+        images=images,
+        rows=rows,
+        partial=partial,
+        slope=slope,
+        patch=patch,
+        down=height // patch,
+        across=width // patch,
+        stride_r=prediction.stride(0),
+        **dict(zip(("stride_b", "stride_h", "stride_w", "stride_c"), images.stride(), strict=True)),
+        **{f"scale_{i}": s for i, s in enumerate(scale)},
+        **{f"shift_{i}": s for i, s in enumerate(shift)},
+        X=X,
+        L1=l1,
+        MSE=mse,
+        PER_PATCH=per_patch,
+        SLOPE=with_slope,
+    )
+    return partial.sum(), slope
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+
+def _fake(prediction: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows = prediction.shape[0] if _[-1] else 0
+    return prediction.new_empty((), dtype=torch.float32), prediction.new_empty(rows, prediction.shape[1])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    slope = output[1]
+    ctx.mark_non_differentiable(slope)
+    ctx.save_for_backward(slope)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    (slope,) = ctx.saved_tensors
+    return slope * gradient.to(slope.dtype), *[None] * 9
+
+
+pixel_loss = define(
+    "masked_pixel_loss",
+    "(Tensor prediction, Tensor images, Tensor rows, SymInt patch, float[] scale, float[] shift, bool l1, bool mse, "
+    "bool per_patch, bool with_slope) -> (Tensor, Tensor)",
+    forward,
+    _fake,
+    setup=_setup,
+    backward=_backward,
+)
+
+
+def masked_pixel_loss(
+    prediction: Tensor,
+    images: Tensor,
+    rows: Tensor,
+    patch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    kind: str,
+    per_patch: bool,
+) -> Tensor:
+    """The backend: as pixel_loss.py asks for it."""
+    if prediction.stride(-1) != 1:
+        prediction = prediction.contiguous()
+    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    with_slope = prediction.requires_grad and torch.is_grad_enabled()
+    return pixel_loss(
+        prediction, images, rows, patch, scale, shift, "l1" in kind, "mse" in kind, per_patch, with_slope
+    )[0]

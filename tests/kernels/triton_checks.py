@@ -1,0 +1,124 @@
+"""How a Triton kernel is held against its reference: by the interpreter on a CPU, or on the GPU that is there.
+
+`guards()` puts bands of canaries around every buffer that a kernel fills, and NaN into it, so that what is written
+outside and what is not written inside both show. `guarded(x)` is an input with NaN before and behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import pytest
+import torch
+from mvle_kernels import triton_support, use_backend
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BAND = 256  # elements on each side: more than a block of the tests is wide
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+# relative to the largest value of a tensor: a few roundings of the dtype that it is stored in. The interpreter cuts
+# bfloat16 where a GPU rounds it
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def canary(dtype: torch.dtype) -> float:
+    """What a band is filled with."""
+    return 12345.0 if dtype.is_floating_point else 77
+
+
+@contextmanager
+def guards() -> Iterator[None]:
+    """Every buffer that kernels fill lies between canaries; raises AssertionError if one of them was touched."""
+    made: list[tuple[Tensor, int]] = []
+
+    def empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = int(torch.Size(shape).numel())
+        whole = torch.full((size + 2 * BAND,), canary(dtype), dtype=dtype, device=device)
+        inside = whole[BAND : BAND + size]
+        inside.fill_(float("nan") if dtype.is_floating_point else -1234567 if dtype.is_signed else 0)
+        made.append((whole, size))
+        return inside.view(tuple(shape))
+
+    with triton_support.allocator(empty):
+        yield
+    assert made, "no kernel asked for memory: nothing was checked"
+    for whole, size in made:
+        for band in (whole[:BAND], whole[BAND + size :]):
+            assert (band == canary(whole.dtype)).all(), f"a buffer of {size} elements was written outside"
+
+
+def guarded(x: Tensor) -> Tensor:
+    """The same values, with NaN (or an impossible index) before and behind them in memory."""
+    outside = float("nan") if x.dtype.is_floating_point else 2**30 if x.dtype != torch.uint8 else 255
+    whole = torch.full((x.numel() + 2 * BAND,), outside, dtype=x.dtype, device=x.device)
+    inside = whole[BAND : BAND + x.numel()].view(x.shape)
+    inside.copy_(x)
+    return inside
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values where rows do not follow one another: every other row of a larger buffer, NaN between them."""
+    outside = float("nan") if x.dtype.is_floating_point else 0
+    whole = torch.full((x.shape[0], 2, *x.shape[1:]), outside, dtype=x.dtype, device=x.device)
+    whole[:, 1] = x
+    return whole[:, 1]
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """The same three rows, each 2^30 elements and more behind the one before: a stride fits into 32 bits, twice it does
+    not. The memory between them is never touched, so no machine has to have it. Elements of 1 or 2 bytes."""
+    assert len(x) == 3 and x.element_size() <= 2, "this would ask for more memory than a system promises"
+    apart = 2**30 + 2**20
+    whole = torch.empty(2 * apart + x[0].numel(), dtype=x.dtype, device=x.device)
+    rows = whole.as_strided(x.shape, (apart, *x[0].contiguous().stride()))
+    rows.copy_(x)
+    return rows
+
+
+def gradients(
+    op: Callable[..., Tensor], inputs: Sequence[Tensor], backend: str, seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """Output and input gradients of op(*inputs) under a backend, for one random gradient of the output.
+
+    Inputs keep their memory: strides, and what lies around them."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with use_backend(backend):
+        out = op(*leaves)
+        draw = torch.Generator().manual_seed(seed)
+        out.backward(torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out.device, out.dtype))
+    found = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+    return out.detach(), found
+
+
+def assert_equals_reference(op: Callable[..., Tensor], inputs: Sequence[Tensor], *, slack: float = 1.0) -> None:
+    """Triton's output and gradients against the reference's in float64, to a few roundings of the inputs' dtype.
+
+    op takes the floating inputs alone; the others are bound already. slack: times as many roundings."""
+    with guards():
+        got, got_gradients = gradients(op, inputs, "triton")
+    truth, true_gradients = gradients(op, [x.double() for x in inputs], "reference")
+    tolerance = slack * ROUNDING[inputs[0].dtype]
+    for name, a, b in zip(
+        ["output", *(f"gradient {i}" for i in range(len(inputs)))],
+        [got, *got_gradients],
+        [truth, *true_gradients],
+        strict=True,
+    ):
+        assert a.shape == b.shape, f"{name}: shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+        if b.numel():
+            error = (a.double() - b).abs().max().item()
+            assert error <= tolerance * max(1.0, float(b.abs().max())), f"{name}: error {error:.2e}"
+
+
+def assert_a_torch_op(name: str, *arguments: object) -> None:
+    """torch's own checks of mvle::name (schema, fake, autograd, compiled by aot), on these arguments."""
+    torch.library.opcheck(getattr(torch.ops.mvle, name).default, arguments)
+
+
+def compiled_whole(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Under torch.compile as one graph, without a code generator."""
+    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
