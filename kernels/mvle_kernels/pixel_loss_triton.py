@@ -14,7 +14,8 @@ Measured not yet measured on a GPU
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import config
+from .recipes import RECIPES
 from .triton_support import allocate, define, launch, power_of_2
 
 # ---- launch choice --------------------------------------------------------------------------------------------------
@@ -205,3 +207,20 @@ def masked_pixel_loss(
     return pixel_loss(
         prediction, images, rows, patch, scale, shift, "l1" in kind, "mse" in kind, per_patch, with_slope
     )[0]
+
+
+# ---- what base and large launch --------------------------------------------------------------------------------------
+
+
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call over tensors without memory) of each launch that is held by the regression check."""
+    for name, recipe in RECIPES.items():
+        for per_patch in (False, True):
+            rows = recipe.pairs * recipe.masked
+            prediction = torch.empty(rows, recipe.values, dtype=torch.bfloat16, device="meta")
+            side = int(recipe.patches**0.5) * recipe.patch
+            images = torch.empty(recipe.pairs, side, side, 3, dtype=torch.uint8, device="meta")
+            which = torch.empty(rows, dtype=torch.int32, device="meta")
+            scale, shift = [1 / 127.5] * 3, [-1.0] * 3
+            call = partial(forward, prediction, images, which, recipe.patch, scale, shift, True, False, per_patch, True)
+            yield f"{name}, {'targets normalised by patch' if per_patch else 'plain targets'}", call
