@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """width, heads of attention, width of the MLP, patches and values of one, tokens of the longest caption, words of the
-    vocabulary and rows of its matrix, and of a batch: pairs, tokens of a caption on average, masked patches of an
+    """width, heads of attention, width of the MLP, patches of an image and side of one, tokens of the longest caption,
+    words of the vocabulary and rows of its matrix; of a batch: pairs, tokens of a caption (mean), masked patches of an
     image."""
 
     width: int
