@@ -54,16 +54,24 @@ def row(request: Any) -> Iterator[None]:
     benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
     yield
     info = {} if benchmark is None else benchmark.extra_info
-    if path is not None and ("provider" in info or "parts" in info):
+    if path is not None and info.keys() & {"provider", "parts", "kernels"}:
         with path.open("a") as file:
             file.write(json.dumps(info) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    from .kernel_report import kernel_table
     from .report import left_out, step_table
 
     session = getattr(config, "_benchmarksession", None)
-    rows = [bench.extra_info for bench in getattr(session, "benchmarks", ()) if "provider" in bench.extra_info]
+    infos = [bench.extra_info for bench in getattr(session, "benchmarks", ())]
+    if kernels := [info for info in infos if "kernels" in info]:
+        terminalreporter.section("kernels")
+        terminalreporter.write_line(kernel_table([row for info in kernels for row in info["kernels"]]))
+        skipped = {f"{i['kernels'][0]['op']}: {name}: {why}" for i in kernels for name, why in i["skipped"].items()}
+        for line in ("", "Not measured:", *sorted(f"  {line}" for line in skipped)):
+            terminalreporter.write_line(line)
+    rows = [info for info in infos if "provider" in info]
     if not rows:
         return
     terminalreporter.section("the step")
