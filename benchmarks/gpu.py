@@ -4,14 +4,16 @@
     make gpu WHEELS=folder               small packages that it lacks come from that folder of wheels
     python -m benchmarks.gpu --exercise  every part on a CPU, at toy size: that it runs, not what it measures
 
-tests    those marked `gpu`                                  roofs    products and copies: what no step can pass
+tests    of kernels, and those marked `gpu`                  roofs    products and copies: what no step can pass
+kernels  each op beside libraries and its floor
 step     ours against all providers, by shape and mode       profile  the step by part, kernels, where the host waits
 counts   FLOPs and graph breaks against the baseline
 
 Each part is a process with a time of its own, so that none can take the others with it; what does not fit into the
 whole time is skipped and said. After each part all that is known is written as JSON (device, commit, versions). On a
-GPU that is benchmarks/results/gpu_DEVICE.json, and the steps go to step_gpu.json, which `python -m benchmarks.report`
-reads. This file needs nothing but Python, so that it can say what else is missing.
+GPU that is benchmarks/results/gpu_DEVICE.json; the steps go to step_gpu.json and the kernels to kernels_gpu.json, which
+`python -m benchmarks.report` and `python -m benchmarks.kernel_report` read. This file needs nothing but Python, so that
+it can say what else is missing.
 """
 
 from __future__ import annotations
@@ -62,8 +64,9 @@ def _step(shape: str, mode: str, only: str, seconds: int, exercise: tuple[str, .
 
 
 PARTS = (
-    Part("tests", 60, ("tests",), ("tests",)),
+    Part("tests", 110, ("tests",), ("tests",)),
     Part("roofs", 30, ("roofs", "8192", "2048"), ("roofs", "256", "16")),
+    Part("kernels", 100, ("kernels",), ("kernels",)),
     _step("base-256", "replace", "main", 100, ("step", "tiny", "replace", "main")),
     _step("base-256", "drop", "main", 80, ("step", "tiny", "drop", "main")),
     Part("profile", 45, ("profile", "base-256"), ("profile", "tiny")),
@@ -210,6 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"    {line}")
     if real:
         write_steps(result)
+        write_kernels(result)
     print(f"wrote {out}")
     return int(any(found["status"] == "failed" for found in result["parts"].values()))
 
@@ -226,6 +230,15 @@ def write_steps(result: dict[str, Any]) -> None:
     if rows:
         steps = {"about": result["about"], "rows": rows, "parts": parts, "skipped": []}
         (ROOT / "benchmarks" / "results" / "step_gpu.json").write_text(json.dumps(steps, indent=1) + "\n")
+
+
+def write_kernels(result: dict[str, Any]) -> None:
+    """The rows of kernels as benchmarks/kernel_report.py reads them."""
+    found = [row for part in result["parts"].values() for row in part.get("kernels", [])]
+    if found:
+        lines = "".join(json.dumps(row) + "\n" for row in found)
+        (path := ROOT / "runs" / "kernels.jsonl").write_text(lines)
+        look(f"from benchmarks.kernel_report import keep; keep({str(path)!r})")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from mvle.model.model import MaskVLM
 
 from .counts import BASELINE, differences, release, step_counts
+from .kernel_report import kernel_table
 from .measure import copy_roof, matmul_roof, parts_of, wait
 from .nosync import RefuseSyncs, SyncError
 from .providers import dtype_on, ours
@@ -33,17 +34,35 @@ Answer = Callable[[dict[str, Any]], None]
 
 
 def tests(answer: Answer) -> None:
-    """The files that have a test marked `gpu`, and of those the marked tests."""
-    files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text())
-    if not files:
-        answer({"status": "skipped", "reason": "no test is marked gpu"})
-        return
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    if done.returncode:
-        raise SystemExit("\n".join(lines[-10:]))
-    answer({"status": "done", "files": files, "say": lines[-1:] + [x for x in lines if x.startswith("SKIPPED")]})
+    """Tests marked `gpu`, and the tests of kernels whole: they run on whatever device is there."""
+    folder = ROOT / "tests"
+    kernels = sorted({*(folder / "kernels").glob("test_*triton*.py"), folder / "kernels" / "test_on_a_gpu.py"})
+    marked = sorted(p for p in folder.rglob("test_*.py") if "mark.gpu" in p.read_text() and p not in kernels)
+    files, say = [], []
+    for only, chosen in (([], kernels), (["-m", "gpu"], marked)):
+        names = [str(p.relative_to(ROOT)) for p in chosen]
+        command = [sys.executable, "-m", "pytest", "-q", *only, "-p", "no:cacheprovider", *names]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        if done.returncode:
+            raise SystemExit("\n".join(lines[-10:]))
+        files += names
+        say += lines[-1:] + [x for x in lines if x.startswith("SKIPPED")]
+    answer({"status": "done", "files": files, "say": say})
+
+
+def kernel_rows(answer: Answer) -> None:
+    """benchmarks/test_kernels.py: each op beside libraries and its floor."""
+    path = ROOT / "runs" / f"rows-{os.getpid()}.jsonl"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_kernels.py", "-q", "--benchmark-only", "-rs"]
+    lines = rows_of(command, path, lambda rows: answer({"status": "done", "kernels": rows, "say": _kernels(rows)}))
+    if lines:
+        raise SystemExit("\n".join(lines[-12:]))
+
+
+def _kernels(found: list[dict[str, Any]]) -> list[str]:
+    return kernel_table([row for one in found for row in one["kernels"]]).splitlines()
 
 
 def roofs(answer: Answer, side: str, mebibytes: str) -> None:
@@ -65,32 +84,41 @@ def step(answer: Answer, shape: str, mode: str, only: str) -> None:
     path = ROOT / "runs" / f"rows-{os.getpid()}.jsonl"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "benchmarks/test_step.py", "-q", "--benchmark-only", "-rs"]
-    command += ["-p", "no:cacheprovider", "--shape", shape, "--mode", mode, "--only", only, "--rows", str(path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        lines, known = [], 0
-        for line in process.stdout:  # a line a row or so: what is known by then is kept
-            lines.append(line.rstrip())
-            known = _rows(answer, path, known)
-    _rows(answer, path, -1)
-    path.unlink(missing_ok=True)
-    if process.returncode:
+    command += ["--shape", shape, "--mode", mode, "--only", only]
+
+    def known(found: list[dict[str, Any]]) -> None:
+        rows = [one for one in found if "provider" in one]
+        parts = [one for one in found if "parts" in one]
+        say = step_table(rows).splitlines() if rows else []
+        answer({"status": "done", "rows": rows, "step_parts": parts, "say": say})
+
+    lines = rows_of(command, path, known)
+    if lines:
         raise SystemExit("\n".join(lines[-12:]))
 
 
-def _rows(answer: Answer, path: Path, known: int) -> int:
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    if len(found) != known and found:
-        rows = [one for one in found if "provider" in one]
-        answer(
-            {
-                "status": "done",
-                "rows": rows,
-                "step_parts": [one for one in found if "parts" in one],
-                "say": step_table(rows).splitlines() if rows else [],
-            }
-        )
-    return len(found)
+def rows_of(command: list[str], path: Path, known: Callable[[list[dict[str, Any]]], None]) -> list[str]:
+    """Run a benchmark whose rows go to `path`; `known` gets all of them whenever there are more. What it printed if it
+    failed, else nothing."""
+    command = [*command, "-p", "no:cacheprovider", "--rows", str(path)]
+    lines: list[str] = []
+    seen = 0
+
+    def read() -> None:
+        nonlocal seen
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        if len(found) != seen:
+            seen = len(found)
+            known(found)
+
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:  # a line a row or so: what is known by then is kept
+            lines.append(line.rstrip())
+            read()
+    read()
+    path.unlink(missing_ok=True)
+    return lines if process.returncode else []
 
 
 def profiled(answer: Answer, shape: str) -> None:
@@ -166,7 +194,7 @@ def counts(answer: Answer) -> None:
     answer({"status": "done", "say": [f"{what}: as the baseline"]})
 
 
-PARTS = {"tests": tests, "roofs": roofs, "step": step, "profile": profiled, "counts": counts}
+PARTS = {"tests": tests, "roofs": roofs, "kernels": kernel_rows, "step": step, "profile": profiled, "counts": counts}
 
 
 def main(arguments: list[str]) -> None:

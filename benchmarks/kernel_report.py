@@ -79,15 +79,20 @@ def written(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def keep(path: str) -> Path:
+    """Put a run among the results; where it went."""
+    result = read_run(Path(path))
+    kept = RESULTS / f"kernels_{'gpu' if result['device'].startswith('cuda') else 'cpu'}.json"
+    kept.write_text(json.dumps(result, indent=1) + "\n")
+    return kept
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The table of kernels out of a run of the benchmarks.")
     parser.add_argument("run", nargs="?", type=Path, help="what --benchmark-json or --rows wrote")
     options = parser.parse_args(arguments)
     if options.run is not None:
-        result = read_run(options.run)
-        path = RESULTS / f"kernels_{'gpu' if result['device'].startswith('cuda') else 'cpu'}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {path.relative_to(ROOT)}")
+        print(f"wrote {keep(str(options.run)).relative_to(ROOT)}")
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("kernels_[cg]pu.json"))]
     DOCUMENT.write_text(rewrite(DOCUMENT.read_text(), written(results)))
     print(f"wrote {DOCUMENT.relative_to(ROOT)}")

@@ -1,0 +1,86 @@
+"""Whole training steps through the Triton kernels, interpreted where there is no GPU, are those through torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from mvle_kernels import set_backend
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from benchmarks.shapes import MASK, make_batch, shapes_lengths
+from mvle.config import Config, check_ranks, load_config
+from mvle.data.batch import Batch
+from mvle.engine.build import build
+from mvle.engine.parallel import Parallel
+from mvle.engine.train_step import StepResult, TrainStep
+
+from ..distributed.ranks import run_ranks
+from ..kernels.triton_checks import needs_triton
+
+pytestmark = [needs_triton, pytest.mark.slow]
+PAIRS, WORDS = 4, 60
+
+
+def config(mode: str, steps: int, *overrides: str) -> Config:
+    small = ("batch.total=4", "objectives.itm.group=2", f"schedule.steps={steps}", f"masking.mode={mode}")
+    return load_config("tiny", [*small, "schedule.warmup=0", *overrides])
+
+
+def batches(steps: int, made_for: Config) -> list[Batch]:
+    return [make_batch(made_for, WORDS, shapes_lengths(PAIRS, seed), seed) for seed in range(steps)]
+
+
+def run(backend: str, mode: str, steps: int, parallel: Parallel) -> tuple[list[StepResult], dict[str, Tensor]]:
+    """What each step left, and the weights after the last. A rank takes its own share of the pairs."""
+    made_for = config(mode, steps)
+    torch.manual_seed(0)
+    built = build(made_for, parallel, WORDS, MASK)
+    step = TrainStep(made_for, parallel, check_ranks(made_for, parallel.ranks), built)
+    share = PAIRS // parallel.ranks
+    set_backend(backend)
+    try:
+        results = [
+            step(i, batch.micro(parallel.rank * share, (parallel.rank + 1) * share, built.model.row_multiple))
+            for i, batch in enumerate(batches(steps, made_for))
+        ]
+    finally:
+        set_backend(None)
+    whole = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in built.model.named_parameters()
+    }
+    return results, whole
+
+
+def assert_same_run(mode: str, steps: int, parallel: Parallel) -> None:
+    got, got_weights = run("triton", mode, steps, parallel)
+    expected, weights = run("dense", mode, steps, parallel)
+    for one, other in zip(got, expected, strict=True):
+        for name, value in other.sums.items():
+            torch.testing.assert_close(one.sums[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(one.state["grad_norm"], other.state["grad_norm"], rtol=1e-4, atol=1e-5)
+        assert one.skipped == other.skipped == 0
+    for name, weight in weights.items():  # AdamW makes steps of one size out of gradients that are nearly nothing
+        assert (got_weights[name] - weight).abs().max() < 2e-4, name
+
+
+@pytest.mark.parametrize("mode", ["replace", "drop"])
+def test_three_steps_of_tiny_have_the_same_losses(mode: str) -> None:
+    assert_same_run(mode, 3, Parallel(0, 1, torch.device("cpu")))
+
+
+def two_ranks(folder: str) -> None:
+    with Parallel.start(config("replace", 1).parallel, "cpu") as parallel:
+        assert parallel.sharded
+        assert_same_run("replace", 1, parallel)
+        if parallel.is_main:
+            Path(folder, "done").touch()
+        dist.barrier()
+
+
+def test_a_step_of_two_sharded_ranks_has_the_same_losses(tmp_path: Path) -> None:
+    run_ranks(2, two_ranks, str(tmp_path))
+    assert (tmp_path / "done").exists()

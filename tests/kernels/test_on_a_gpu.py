@@ -1,0 +1,131 @@
+"""What the interpreter cannot tell of a kernel: rounding, races, capture, memory. What is not marked `gpu` runs on a
+CPU too, interpreted and at float32, so that a mistake in a test shows before a GPU is there."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from mvle_kernels import use_backend
+from mvle_kernels.dispatch import OPS
+from mvle_kernels.recipes import Recipe
+from torch import Tensor
+
+from benchmarks.kernels import Problem, attention, patch_rows, pixel_loss, token_loss, views
+
+from .triton_checks import DEVICE, needs_triton
+
+pytestmark = needs_triton
+CUDA = DEVICE.type == "cuda"
+SMALL = Recipe(48, 2, 96, patches=16, patch=4, tokens=20, words=70, vocabulary=128, masked=8)
+SIZE = Recipe(768, 12, 3072) if CUDA else SMALL
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+PAIRS, REPEATS = (16, 100) if CUDA else (2, 2)
+CAPTIONS = (14, 3, 32, 9, 20, 11, 17, 5, 8, 25, 13, 12, 10, 16, 7, 30)[:PAIRS]
+ROWS = SIZE.patches + 1
+HUB = [*range(PAIRS), *([0] * PAIRS)]  # the first pair is read by more than half of the sequences
+
+Make = Callable[[torch.device, torch.dtype], Problem]
+PROBLEMS: dict[str, Make] = {
+    "attention of patches": partial(attention, (ROWS,) * PAIRS, (ROWS,) * PAIRS, SIZE.heads, SIZE.head, None),
+    "attention of patches to captions": partial(attention, (ROWS,) * PAIRS, CAPTIONS, SIZE.heads, SIZE.head, None),
+    "attention of captions to patches": partial(attention, CAPTIONS, (ROWS,) * PAIRS, SIZE.heads, SIZE.head, None),
+    "attention to a hub": partial(attention, CAPTIONS * 2, (ROWS,) * PAIRS, SIZE.heads, SIZE.head, HUB),
+    "token loss": partial(token_loss, 4 * PAIRS, SIZE.words, SIZE.vocabulary, SIZE.width),
+    "pixel loss": partial(pixel_loss, PAIRS, SIZE),
+    "patchify": partial(patch_rows, PAIRS, SIZE),
+    "views, replace": partial(views, PAIRS, SIZE, "replace"),
+    "views, drop": partial(views, PAIRS, SIZE, "drop"),
+}
+every_problem = pytest.mark.parametrize("name", PROBLEMS)
+
+
+def made(name: str, dtype: torch.dtype, like: Problem | None = None) -> Problem:
+    """The problem, with the values of another where it is given."""
+    problem = PROBLEMS[name](DEVICE, dtype)
+    for own, other in zip(problem.leaves, like.leaves if like else [], strict=bool(like)):
+        own.data.copy_(other.data)
+    return problem
+
+
+def results(problem: Problem, backend: str) -> list[Tensor]:
+    """The output and the gradients of all leaves, for one gradient of the output."""
+    with use_backend(backend):
+        out = problem.providers["auto"]()
+        draw = torch.Generator().manual_seed(1)
+        gradient = torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out.device, out.dtype)
+        return [out.detach(), *(torch.autograd.grad(out, problem.leaves, gradient) if problem.leaves else ())]
+
+
+def with_triton(name: str, dtype: torch.dtype, like: Problem | None = None) -> Problem:
+    """The problem; skips where its op has no Triton kernel."""
+    problem = made(name, dtype, like)
+    if all(b.name != "triton" for b in OPS[problem.op].backends):
+        pytest.skip(f"{problem.op} has no Triton kernel")
+    return problem
+
+
+@every_problem
+def test_the_error_is_at_most_twice_that_of_torchs_ops_of_the_same_dtype(name: str) -> None:
+    problem = with_triton(name, DTYPE)
+    truth = results(made(name, torch.float64, problem), "reference")
+    ours, dense = results(problem, "triton"), results(problem, "dense")
+
+    for i, (own, other, true) in enumerate(zip(ours, dense, truth, strict=True)):
+        error, allowed = ((t.double() - true).abs().max().item() for t in (own, other))
+        slack = torch.finfo(DTYPE).eps * max(1.0, true.abs().max().item())
+        what = "output" if i == 0 else f"gradient {i - 1}"
+        assert error <= 2 * allowed + slack, f"{what}: error {error:.2e}, torch's {allowed:.2e}"
+
+
+@every_problem
+def test_it_is_bitwise_the_same_every_time(name: str) -> None:
+    problem = with_triton(name, DTYPE)
+    first = results(problem, "triton")
+
+    for _ in range(REPEATS):
+        for one, again in zip(first, results(problem, "triton"), strict=True):
+            assert one.equal(again)
+
+
+@pytest.mark.gpu
+@every_problem
+def test_it_never_waits_for_the_device_and_can_be_captured(name: str) -> None:
+    problem = with_triton(name, DTYPE)
+    expected = results(problem, "triton")  # compiles, and prepares what a plan keeps
+    step = problem.step("auto", backward=bool(problem.leaves))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with use_backend("triton"):
+            step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    torch.cuda.synchronize()
+    kept = [t.clone() for t in (captured if isinstance(captured, tuple) else (captured,))]
+    graph.replay()
+    torch.cuda.synchronize()
+
+    for one, again in zip(kept, captured if isinstance(captured, tuple) else (captured,), strict=True):
+        assert one.equal(again) and one.isfinite().all()
+    assert all(t.isfinite().all() for t in expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool: str) -> None:
+    wanted = "test_the_error_is and (hub or token or drop)"
+    run = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
+    run += ["-p", "no:cacheprovider", "-k", wanted, __file__]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
