@@ -142,10 +142,7 @@ def profiled(answer: Answer, shape: str) -> None:
         found["modes"][mode] = {"parts": parts, "kernels": kernels(run), "host_waits": waits}
         shares = sorted(((sum(p.values()) / whole, name) for name, p in parts.items()), reverse=True)
         found["say"] += [f"{mode}: " + ", ".join(f"{name} {share:.0%}" for share, name in shares)]
-        found["say"] += [
-            f"{mode}: the host waits for the device: "
-            + ("not seen on a CPU" if waits is None else ", ".join(waits) or "nowhere")
-        ]
+        found["say"] += [f"{mode}: the host waits for the device: " + (", ".join(waits) or "nowhere")]
         answer(found)
 
 

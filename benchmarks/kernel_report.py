@@ -18,6 +18,7 @@ from typing import Any
 from .report import RESULTS, ROOT, rewrite
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 Row = Mapping[str, Any]
 HEAD = ("time", "against plain", "peak memory", "GB/s", "GFLOP/s", "of the roof", "bytes", "launches")
 
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.run is not None:
         print(f"wrote {keep(str(options.run)).relative_to(ROOT)}")
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("kernels_[cg]pu.json"))]
-    DOCUMENT.write_text(rewrite(DOCUMENT.read_text(), written(results)))
+    DOCUMENT.write_text(rewrite(DOCUMENT.read_text(), written(results), BEGIN, END))
     print(f"wrote {DOCUMENT.relative_to(ROOT)}")
     return 0
 

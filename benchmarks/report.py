@@ -25,6 +25,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from mvle.engine.host_memory import hold_freed_memory
+
 from .measure import Ratio, noise_of, slower
 from .shapes import SHAPES
 
@@ -58,6 +60,7 @@ def about(device: str) -> dict[str, Any]:
         name = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     found = {"device": name, "date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
     found |= {"python": platform.python_version(), "cuda": torch.version.cuda}
+    found["memory_held"] = hold_freed_memory()
     try:
         import triton
 
@@ -68,8 +71,8 @@ def about(device: str) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """A file of pytest-benchmark, or of --rows (.jsonl) -> {"about", "rows", "parts"}. Raises ValueError if it holds no
-    step."""
+    """A file of pytest-benchmark, or of --rows (.jsonl) -> {"about", "rows", "parts", "skipped"}. Raises ValueError if
+    it holds no step."""
     if path.suffix == ".jsonl":
         infos = [json.loads(line) for line in path.read_text().splitlines()]
     else:
@@ -77,14 +80,22 @@ def read_run(path: Path) -> dict[str, Any]:
     rows = [i for i in infos if "provider" in i]
     if not rows:
         raise ValueError(f"expected rows of benchmarks/test_step.py in {path}; got {len(infos)} of other benchmarks.")
+    skipped = [] if path.suffix == ".jsonl" else json.loads(path.read_text()).get("skipped", [])
     where = rows[0]["about"]
     rows = [{key: value for key, value in row.items() if key != "about"} for row in rows]
-    return {"about": where, "rows": rows, "parts": [i for i in infos if "parts" in i]}
+    return {"about": where, "rows": rows, "parts": [i for i in infos if "parts" in i], "skipped": skipped}
 
 
 def left_out(rows: Sequence[Row]) -> Iterator[str]:
-    """The shapes that no row has, with the reason."""
+    """The shapes that no row has, and the main providers that a shape lacks in `replace`, with the reason."""
+    from .providers import PROVIDERS
+
     cuda = rows[0]["device"].startswith("cuda")
+    main = [name for name in PROVIDERS if not name.startswith("without: ")]
+    for name in dict.fromkeys(row["shape"] for row in rows):
+        made = {row["provider"] for row in rows if (row["shape"], row["mode"]) == (name, "replace")}
+        if made and (less := [provider for provider in main if provider not in made]):
+            yield f"{name}, replace: {', '.join(less)}: skipped, or left out so that the whole ends in time"
     for name, shape in SHAPES.items():
         if all(row["shape"] != name for row in rows):
             yield f"{name} ({shape.what}): " + ("a size for CPUs" if cuda else "a size for GPUs, or not asked for")
@@ -98,17 +109,22 @@ def timed(rows: Sequence[Row]) -> list[Row]:
 def regressions(rows: Sequence[Row], before: Sequence[Row]) -> Iterator[str]:
     """A line for each provider of ours whose ratio to the plain step fell beyond noise; see measure.py."""
     noise = {(r["shape"], r["mode"]): noise_of(Ratio(**r["ratio"])) for r in timed(rows) if r["provider"] == "plain"}
-    known = {(r["shape"], r["mode"], r["provider"]): r["ratio"]["median"] for r in timed(before)}
+    most = max(noise.values(), default=0.02)  # of a row whose plain step was not measured against itself
+    known = {
+        (r["shape"], r["mode"], r["provider"]): r["ratio"]["median"]
+        for r in timed(before)
+        if r["provider"].startswith("ours")
+    }
+    for gone in known.keys() - {(r["shape"], r["mode"], r["provider"]) for r in rows}:
+        yield f"{', '.join(gone)}: {known[gone]:.2f} times the plain step before; this run has no such row"
     for row in timed(rows):
         key = (row["shape"], row["mode"])
         old = known.get((*key, row["provider"]))
-        if old is None or not row["provider"].startswith("ours") or key not in noise:
-            continue
-        if slower(Ratio(**row["ratio"]), old, noise[key]):
+        if old is not None and slower(Ratio(**row["ratio"]), old, noise.get(key, most)):
             now = row["ratio"]["median"]
             yield (
                 f"{', '.join(key)}, {row['provider']}: {now:.2f} times the plain step, {old:.2f} before; "
-                f"the noise of this run is {noise[key]:.2f}"
+                f"the noise of this run is {noise.get(key, most):.2f}"
             )
 
 
@@ -299,14 +315,14 @@ def written(document: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def rewrite(text: str, inside: str) -> str:
+def rewrite(text: str, inside: str, begin: str = BEGIN, end: str = END) -> str:
     """The text with `inside` between its marks. Raises ValueError if it has none."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(
-            f"expected one {BEGIN} and one {END} behind it; got {text.count(BEGIN)} and {text.count(END)}."
+            f"expected one {begin} and one {end} behind it; got {text.count(begin)} and {text.count(end)}."
         )
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{inside}\n\n{END}{rest.split(END)[1]}"
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n\n{inside}\n\n{end}{rest.split(end)[1]}"
 
 
 def committed() -> dict[str, Any]:

@@ -33,8 +33,10 @@ from .shapes import SHAPES
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALL = tuple(PROVIDERS)
 MAIN = tuple(name for name in ALL if not name.startswith("without: "))
+SWITCHES = tuple(name for name in ALL if name not in MAIN)
 EAGER = tuple(name for name in MAIN if "compiled" not in name)  # compiling takes minutes
-# (shape, mode, providers, rounds): what fits into 12 minutes of two cores, or into 5 of a GPU
+# (shape, mode, providers, rounds): what fits into 12 minutes of two cores, or into 5 of a GPU; the switches of vit-s-4
+# are made where --only switches asks for them
 ON_A_CPU = (
     ("tiny", "replace", ALL, 8),
     ("tiny", "drop", ("ours", "plain"), 8),
@@ -42,6 +44,7 @@ ON_A_CPU = (
     ("vit-s-4", "replace", EAGER, 4),
     ("vit-s-4", "drop", ("ours", "plain"), 4),
     ("vit-s-4", "drop, late", ("ours",), 4),
+    ("vit-s-4", "replace", SWITCHES, 6),
     ("base-2", "replace", ("ours",), 3),
     ("base-2", "drop", ("ours",), 3),
 )
@@ -152,7 +155,8 @@ def test_step(
 
 
 @pytest.mark.parametrize(
-    ("shape", "mode"), [(shape, mode) for shape, mode, *_ in ROWS if mode != "drop, late" and shape != "base-2"]
+    ("shape", "mode"),
+    dict.fromkeys((shape, mode) for shape, mode, *_ in ROWS if mode != "drop, late" and shape != "base-2"),
 )
 def test_parts(benchmark: Any, shape: str, mode: str) -> None:
     """The step of ours, cut into its parts."""

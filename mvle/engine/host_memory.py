@@ -1,8 +1,8 @@
 """Memory of a CPU run stays with the process between steps.
 
 glibc gives a freed large buffer back to the system, and the next one of that size comes as fresh pages, each zeroed at
-its first touch. A training step frees and asks for the same buffers again and again: on two cores that was 6% to 17% of
-a step of ViT-S or base, and it differed from run to run. Held, the same pages serve every step; a process is then as
+its first touch. A training step frees and asks for the same buffers again and again: a sixth of a step of base on two
+cores (docs/performance.md), and another share in each run. Held, the same pages serve every step; a process is then as
 large as its fullest moment (2.8 GB instead of 2.6 for ViT-S at 4 pairs). A process that trains one model after the
 other gives it back in between.
 """

@@ -163,6 +163,18 @@ def test_a_ratio_that_fell_beyond_noise_is_a_regression_and_a_switch_or_peer_is_
     assert not list(report.regressions(ROWS, ROWS))
 
 
+def test_the_gate_sees_a_row_that_is_gone_and_one_whose_plain_step_was_not_measured_against_itself() -> None:
+    elsewhere = [{**r, "mode": "drop"} for r in ROWS if r["provider"] == "ours"]
+    slow = [{**elsewhere[0], "ratio": {"median": 1.1, "low": 1.1, "high": 1.1}}]
+
+    assert [line.split(":")[0] for line in report.regressions([*ROWS, *slow], [*ROWS, *elsewhere])] == [
+        "tiny, drop, ours"
+    ]
+    assert [line.rpartition("; ")[2] for line in report.regressions(ROWS, [*ROWS, *elsewhere])] == [
+        "this run has no such row"
+    ]
+
+
 def test_plots_are_pictures_whose_bars_are_as_long_as_their_numbers() -> None:
     parts = [{"shape": "tiny", "mode": "replace", "parts": {"encoder": {"forward": 1.0, "backward": 2.0}}}]
     found = dict(report.plots({"rows": ROWS, "parts": parts, "about": {"device": "a < b"}}))
