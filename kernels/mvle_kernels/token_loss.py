@@ -26,11 +26,12 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor | None]  # loss, count, correct; ra
 
 
 def ranks_of(z: Tensor, label: Tensor, real: Tensor) -> Tensor:
-    """Words of each row of z [R, V] that a stable sort by falling score puts before its label [R, 1], int32 [R]; -1
-    where not real. A score that is not a number stands before every other."""
+    """Words of each row of z [R, V] that a stable sort by falling score puts before its label [R, 1], int32 [R]: V
+    where the loss is not finite, -1 where not real."""
     own = z.gather(1, label)
-    before = ~(z <= own) | ((z == own) & (torch.arange(z.shape[1], device=z.device) < label))
-    return torch.where(real, before.sum(1), -1).int()
+    before = ((z > own) | ((z == own) & (torch.arange(z.shape[1], device=z.device) < label))).sum(1)
+    finite = own[:, 0].isfinite() & z.logsumexp(1).isfinite()
+    return torch.where(real, torch.where(finite, before, z.shape[1]), -1).int()
 
 
 def _refuse(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *_: Any, **__: Any) -> str | None:

@@ -14,8 +14,8 @@ Cost     products of 2 R C D FLOPs: one forward, two backward. The row kernel re
 Exact    logits are rounded to the dtype of the rows, bias included; all else of the row kernel is float32. Sums over
          chunks and gradients that come out in float32 are float32 throughout; a dW of 16 bits is rounded once. A row is
          one program's, rows are added by torch in a fixed order: bitwise repeatable. Words of the padded tail are
-         never read and never learn; a row without a target is zero. A logit that is not a number counts as higher than
-         any target, and makes loss and gradient not a number, as in the reference; so does a target that names no word.
+         never read and never learn; a row without a target is zero. Logits that are not finite make loss and gradient
+         so, as in the reference; a target that names no word makes the loss not a number.
 Limits   first derivatives only; W and its padded tail finite (0 times infinity is not a number).
 Measured not yet measured on a GPU
 """
@@ -41,9 +41,10 @@ BUDGET_MIB = 512  # of logits alive at once: base and large at their own batches
 
 
 def rule(columns: int) -> dict[str, int]:
-    """A row is one program, 16 values of it a thread at a time: two loads of 16 bytes in flight, in 16 bits."""
+    """A row is one program. Eight values a thread at a time are one load of 16 bytes and at most 64 registers: two
+    programs of 16 warps a multiprocessor, which is what 256 rows (large) fill."""
     block = power_of_2(min(columns, 4096), 32)
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512)), "num_stages": 1}
+    return {"BLOCK": block, "num_warps": max(1, block // 256), "num_stages": 1}
 
 
 def rows_of_a_chunk(rows: int, columns: int, size: int, budget_mib: float) -> int:
@@ -55,9 +56,39 @@ def rows_of_a_chunk(rows: int, columns: int, size: int, budget_mib: float) -> in
 # ---- kernel ---------------------------------------------------------------------------------------------------------
 
 
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LOWEST: tl.constexpr = tl.constexpr(-3.0e38)  # where a maximum begins: -inf - -inf would not be a number
+
+
+@triton.jit
+def _load(logits, start, column, V: tl.constexpr, C: tl.constexpr, TAIL: tl.constexpr):
+    """A block of logits; -inf in the place of padding. The mask of the load is that of the columns, whose number
+    divides by 8: one of the words would cost the wide loads."""
+    if TAIL:
+        z = tl.load(logits + start + column, mask=start + column < C, other=float("-inf")).to(tl.float32)
+        return tl.where(start + column < V, z, float("-inf"))
+    return tl.load(logits + start + column).to(tl.float32)
+
+
+@triton.jit
+def _take_in(z, column, place, own, highest, mass, before):
+    """What a block of logits does to their maximum (times log2 e), to the sum of exponentials and to the rank; the last
+    two stay apart for each place in a block, so that one value alone crosses threads."""
+    lower = highest
+    highest = tl.maximum(highest, tl.max(z, 0) * LOG2E)
+    mass = mass * tl.exp2(lower - highest) + tl.exp2(z * LOG2E - highest)
+    before += tl.where((z > own) | ((z == own) & (column < place)), 1, 0)
+    return highest, mass, before
+
+
+@triton.jit
+def _slope(z, column, place, lse):
+    return tl.exp2(z * LOG2E - lse) - tl.where(column == place, 1.0, 0.0)
+
+
 @triton.jit(do_not_specialize=["ignore"])
 def token_loss_kernel(
-    # inputs, and with SLOPE also an output
+    # input, and with SLOPE output
     logits,
     # inputs
     targets,
@@ -75,10 +106,9 @@ def token_loss_kernel(
     BLOCK: tl.constexpr,
 ):
     """One row of logits: its loss, the rank of its target and, in its place, its gradient."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    LOWEST: tl.constexpr = -3.0e38  # where a maximum begins: -inf - -inf would not be a number
+    WHOLE: tl.constexpr = V // BLOCK * BLOCK  # columns in blocks of words alone: nothing there asks for masks
     r = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + r).to(tl.int64)
+    target = tl.load(targets + r).to(tl.int32)
     logits += r * stride_r
     column = tl.arange(0, BLOCK)
 
@@ -93,30 +123,28 @@ def token_loss_kernel(
         named = (target >= 0) & (target < V)
         own = tl.load(logits + target, mask=named, other=float("nan")).to(tl.float32)
 
-        # The mask of a load is that of the columns, whose number divides by 8: one of the words would cost wide loads.
         highest = LOWEST
         mass = tl.zeros([BLOCK], tl.float32)
         before = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, C, BLOCK):
-            c = start + column
-            z = tl.load(logits + c, mask=c < C, other=float("-inf")).to(tl.float32)
-            z = tl.where(c < V, z, float("-inf"))
-            above = (z > own) | (z != z) | ((z == own) & (c < target))
-            before += tl.where(above & (c < V), 1, 0)
-            least = highest
-            highest = tl.maximum(highest, tl.max(z, 0) * LOG2E)
-            mass = mass * tl.exp2(least - highest) + tl.exp2(z * LOG2E - highest)
+        for start in range(0, WHOLE, BLOCK):
+            z = _load(logits, start, column, V, C, False)
+            highest, mass, before = _take_in(z, column, target - start, own, highest, mass, before)
+        for start in range(WHOLE, C, BLOCK):
+            z = _load(logits, start, column, V, C, True)
+            highest, mass, before = _take_in(z, column, target - start, own, highest, mass, before)
         lse = highest + tl.log2(tl.sum(mass, 0))
 
-        tl.store(partial + r, (lse - own * LOG2E) / LOG2E)
-        tl.store(ranks + r, tl.sum(before, 0))
+        loss = (lse - own * LOG2E) / LOG2E
+        tl.store(partial + r, loss)
+        tl.store(ranks + r, tl.where(tl.abs(loss) < float("inf"), tl.sum(before, 0), V))
         if SLOPE:
-            for start in range(0, C, BLOCK):
-                c = start + column
-                z = tl.load(logits + c, mask=c < C, other=0).to(tl.float32)
-                gradient = tl.exp2(z * LOG2E - lse) - tl.where(c == target, 1.0, 0.0)
-                gradient = tl.where(c < V, gradient, 0.0)
-                tl.store(logits + c, gradient.to(logits.dtype.element_ty), mask=c < C)
+            for start in range(0, WHOLE, BLOCK):
+                slope = _slope(_load(logits, start, column, V, C, False), column, target - start, lse)
+                tl.store(logits + start + column, slope.to(logits.dtype.element_ty))
+            for start in range(WHOLE, C, BLOCK):
+                slope = _slope(_load(logits, start, column, V, C, True), column, target - start, lse)
+                slope = tl.where(start + column < V, slope, 0.0)
+                tl.store(logits + start + column, slope.to(logits.dtype.element_ty), mask=start + column < C)
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------------
