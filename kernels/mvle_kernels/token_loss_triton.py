@@ -277,9 +277,9 @@ def forward_chunked(
 
 def _fake(rows: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     R, C = rows.shape[0], weight.shape[0]
-    loss, count, correct = rows.new_empty((), dtype=torch.float32), *(rows.new_empty((), dtype=torch.int64),) * 2
+    count, correct = (rows.new_empty((), dtype=torch.int64) for _ in range(2))
     slope = rows.new_empty(R if rest[-1] else 0, C)
-    return loss, count, correct, rows.new_empty(R, dtype=torch.int32), slope
+    return rows.new_empty((), dtype=torch.float32), count, correct, rows.new_empty(R, dtype=torch.int32), slope
 
 
 def _fake_chunked(rows: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -1,0 +1,336 @@
+"""The Triton token loss equals its reference: in one buffer and in chunks, with words and padding of any number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mvle_kernels import explain, masked_token_loss, use_backend
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from .triton_checks import (
+    DEVICE,
+    STORAGE,
+    assert_a_torch_op,
+    assert_equals_reference,
+    compiled_whole,
+    far_apart,
+    guarded,
+    needs_triton,
+    strided,
+)
+
+pytestmark = needs_triton
+TARGETS = [3, -1, 0, 41, 3, 40, -1]
+ONE_BUFFER, CHUNKS = 512.0, 3 * 45 * 4 / 2**20  # MiB: of everything here; of 3 rows in float32, 6 in 16 bits
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of a test is several blocks: whole ones, one that ends the words, one of padding alone."""
+    import mvle_kernels.token_loss_triton as it
+
+    monkeypatch.setattr(it, "rule", lambda columns: {"BLOCK": 16, "num_warps": 1, "num_stages": 1})
+
+
+@pytest.fixture(params=[ONE_BUFFER, CHUNKS], ids=["one buffer", "chunks"])
+def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mvle_kernels.token_loss_triton as it
+
+    monkeypatch.setattr(it, "BUDGET_MIB", request.param)
+
+
+in_both_ways = pytest.mark.usefixtures("budget")
+
+
+def case(
+    R: int = len(TARGETS), D: int = 5, C: int = 45, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[Tensor]:
+    """rows, weight, bias; logits of a few units."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=draw).to(DEVICE, dtype) for shape in ((R, D), (C, D), (C,))]
+
+
+def loss(targets: Tensor | list[int] = TARGETS, vocabulary: int | None = 42) -> Callable[..., Tensor]:
+    targets = torch.as_tensor(targets, dtype=torch.int64).to(DEVICE) if isinstance(targets, list) else targets
+
+    def op(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return masked_token_loss(rows, weight, bias, targets, vocabulary=vocabulary)[0]
+
+    return op
+
+
+def run(inputs: list[Tensor], targets: list[int] = TARGETS, vocabulary: int = 42, scale: float = 1.0) -> list[Tensor]:
+    """loss, count, correct, ranks and the three gradients, by Triton."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    named = torch.tensor(targets, dtype=torch.int64, device=DEVICE)
+    with use_backend("triton"):
+        found = masked_token_loss(*leaves, named, vocabulary=vocabulary, ranks=True)
+        (found[0] * scale).backward()
+    return [found[0].detach(), *found[1:], *[x.grad for x in leaves if x.grad is not None]]
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+@in_both_ways
+@pytest.mark.parametrize("dtype", STORAGE)
+# one word; one row of one value; a block and a word of the next; padding that fills a block; no padding
+@pytest.mark.parametrize("R, D, C, V", [(7, 5, 1, 1), (1, 1, 3, 2), (7, 5, 17, 17), (7, 3, 64, 42), (7, 8, 45, 45)])
+def test_it_equals_the_reference_in_each_dtype(R: int, D: int, C: int, V: int, dtype: torch.dtype) -> None:
+    targets = torch.tensor([t % V if t >= 0 else t for t in TARGETS[:R]], device=DEVICE)
+    inputs = [guarded(x) for x in case(R, D, C, dtype)]
+    assert_equals_reference(loss(guarded(targets), V), inputs, slack=4)
+
+
+@in_both_ways
+def test_it_needs_no_bias_and_takes_part_of_the_inputs_without_gradient() -> None:
+    rows, weight, bias = case()
+    assert_equals_reference(loss(), [rows, weight])
+    assert_equals_reference(lambda x: loss()(x, weight.to(x.dtype), bias.to(x.dtype)), [rows])
+    assert_equals_reference(lambda w: loss()(rows.to(w.dtype), w, bias.to(w.dtype)), [weight])
+    assert_equals_reference(lambda b: loss()(rows.to(b.dtype), weight.to(b.dtype), b), [bias])
+
+
+@in_both_ways
+def test_strides_and_the_dtype_of_targets_do_not_matter() -> None:
+    rows, weight, bias = case()
+    assert_equals_reference(loss(), [strided(rows), strided(weight), bias])
+    assert_equals_reference(loss(), [rows.T.contiguous().T, weight.T.contiguous().T, bias])
+    spread = torch.tensor(TARGETS, dtype=torch.int32, device=DEVICE).repeat_interleave(2)[::2]
+    assert not spread.is_contiguous()
+    assert_equals_reference(loss(spread), [rows, weight, bias])
+
+
+@in_both_ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_are_places_of_a_stable_sort_and_a_target_in_front_is_correct(dtype: torch.dtype) -> None:
+    targets = [t for t in range(42) if t % 3 == 0] + [-1]
+    rows, weight, bias = case(len(targets), dtype=dtype)
+    rows, weight, bias = rows.round(), weight.round(), bias.zero_()  # small integers: exact, with many ties
+    _, count, correct, ranks, *_ = run([rows, weight, bias], targets)
+
+    order = (rows.float() @ weight[:42].float().T).argsort(dim=1, descending=True, stable=True)
+    expected = [int((order[r] == t).nonzero()) if t >= 0 else -1 for r, t in enumerate(targets)]
+    assert ranks.tolist() == expected and ranks.dtype == torch.int32
+    assert count == len(targets) - 1 and correct == expected.count(0)
+    for backend in ("dense", "reference"):
+        with use_backend(backend):
+            named = torch.tensor(targets, device=DEVICE)
+            assert masked_token_loss(rows, weight, bias, named, vocabulary=42, ranks=True)[3].equal(ranks)
+
+
+# ---- what is not a word, a target or a number -----------------------------------------------------------------------
+
+
+@in_both_ways
+def test_the_padded_vocabulary_is_never_scored_and_never_learns() -> None:
+    rows, weight, bias = case()
+    weight[42:], bias[42:] = 1e30, 1e30
+    value, _, _, ranks, d_rows, d_weight, d_bias = run([rows, weight, bias])
+    assert value.isfinite() and d_rows.isfinite().all() and ranks.max() < 42
+    assert d_weight[42:].eq(0).all() and d_bias[42:].eq(0).all() and d_weight[:42].ne(0).any(1).all()
+
+
+@in_both_ways
+def test_rows_without_a_target_cost_and_learn_nothing() -> None:
+    inputs = case()
+    for targets in ([-1] * 7, []):
+        value, count, correct, ranks, *gradients = run([inputs[0][: len(targets)], *inputs[1:]], targets)
+        assert value == 0 and count == 0 and correct == 0 and ranks.eq(-1).all()
+        assert all(not g.any() for g in gradients)
+    d_rows = run(inputs)[4]
+    assert [r for r, d in enumerate(d_rows) if not d.any()] == [1, 6]
+
+
+@in_both_ways
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_a_row_that_is_not_a_number_shows_in_the_loss_and_spreads_to_no_other_row(what: float) -> None:
+    rows, weight, bias = case()
+    rows[3, 2] = what
+    value, _, _, ranks, d_rows, d_weight, _ = run([rows, weight, bias])
+    assert not value.isfinite() and not d_rows[3].isfinite().any() and ranks[3] == 42
+    others = [r for r in range(7) if r != 3]
+    assert d_rows[others].isfinite().all() and ranks[others].max() < 42
+    assert d_weight[42:].eq(0).all()
+
+
+@in_both_ways
+def test_words_that_a_bias_forbids_have_no_mass() -> None:
+    rows, weight, bias = case()
+    bias[:20] = float("-inf")  # more than a block: a maximum of nothing
+    assert_equals_reference(loss([23, -1, 41, 20, 21, 40, -1]), [rows, weight, bias])
+    assert run([rows, weight, bias])[0].isinf()  # and to ask for one of them costs without bound
+
+
+@in_both_ways
+def test_a_target_that_names_no_word_is_not_overlooked() -> None:
+    for wrong in (42, 44, 45, 1000, -2):
+        value, _, correct, ranks, *_ = run(case(), [wrong] * 7)
+        assert value.isnan() and correct == 0 and ranks.eq(42).all()
+
+
+# ---- the kernel alone -----------------------------------------------------------------------------------------------
+
+
+def launched(logits: Tensor, targets: list[int], V: int) -> tuple[Tensor, Tensor]:
+    """(partial, ranks) of the kernel over these logits, which become their gradient."""
+    from mvle_kernels.token_loss_triton import rule, token_loss_kernel
+    from mvle_kernels.triton_support import launch
+
+    partial, ranks = torch.empty(len(logits), device=DEVICE), torch.empty(len(logits), dtype=torch.int32, device=DEVICE)
+    launch(
+        token_loss_kernel,
+        (len(logits),),
+        rule(logits.shape[1]),
+        logits=logits,
+        targets=torch.tensor(targets, device=DEVICE),
+        partial=partial,
+        ranks=ranks,
+        stride_r=logits.stride(0),
+        ignore=-1,
+        V=V,
+        C=logits.shape[1],
+        SLOPE=True,
+    )
+    return partial, ranks
+
+
+def test_offsets_of_more_than_32_bits() -> None:
+    logits = case(3, C=40)[0] @ case(3, C=40)[1].T
+    near, apart = logits.bfloat16(), far_apart(logits.bfloat16())
+    expected, found = launched(near, [5, -1, 39], 40), launched(apart, [5, -1, 39], 40)
+    assert found[0].equal(expected[0]) and found[1].equal(expected[1]) and apart.equal(near)
+    assert near[1].eq(0).all() and near[[0, 2]].ne(0).any(1).all()
+
+
+def test_a_row_is_written_whole_and_nothing_beside_it() -> None:
+    logits = torch.full((3, 60), float("nan"), device=DEVICE)  # also in the padding: it is written, never read
+    logits[:, :33] = torch.randn(3, 33, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    truth = logits[:, :33].softmax(1) - torch.eye(33, device=DEVICE)[[32, 0, 7]]
+    partial, _ = launched(logits[:, :45], [32, 0, 7], 33)
+    torch.testing.assert_close(logits[:, :33], truth)
+    assert partial.isfinite().all() and logits[:, 33:45].eq(0).all() and logits[:, 45:].isnan().all()
+
+
+# ---- chunks, scale, order -------------------------------------------------------------------------------------------
+
+
+def test_chunks_are_of_about_equal_length_and_fit_the_budget() -> None:
+    from mvle_kernels.token_loss_triton import BUDGET_MIB, rows_of_a_chunk
+
+    assert rows_of_a_chunk(1024, 50304, 2, BUDGET_MIB) == 1024  # base is not cut
+    assert rows_of_a_chunk(6000, 50304, 2, BUDGET_MIB) == 3000  # 5336 would fit: two of 3000, not 5336 and 664
+    assert rows_of_a_chunk(7, 45, 4, CHUNKS) == 3
+    assert rows_of_a_chunk(5, 50304, 2, 1e-9) == 1
+    assert rows_of_a_chunk(0, 50304, 2, BUDGET_MIB) == 0
+
+
+@in_both_ways
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_gradients_follow_the_gradient_of_the_loss_and_can_be_asked_for_again(dtype: torch.dtype) -> None:
+    inputs = case(dtype=dtype)
+    for once, thrice in zip(run(inputs)[4:], run(inputs, scale=3.0)[4:]):
+        torch.testing.assert_close(3 * once, thrice, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-5)
+    leaf = inputs[0].requires_grad_()
+    with use_backend("triton"):
+        value = loss()(leaf, *inputs[1:])
+    first = torch.autograd.grad(value, leaf, retain_graph=True)[0].clone()
+    assert torch.autograd.grad(value, leaf, retain_graph=True)[0].equal(first)
+    again = torch.autograd.grad(value, leaf, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        again.sum().backward()
+
+
+@in_both_ways
+def test_two_runs_are_bitwise_equal() -> None:
+    inputs = case(dtype=torch.bfloat16)
+    assert all(a.equal(b) for a, b in zip(run(inputs), run(inputs), strict=True))
+
+
+@in_both_ways
+def test_without_a_backward_nothing_is_kept() -> None:
+    inputs = case()
+    with use_backend("triton"):
+        value = loss()(*inputs)
+    with use_backend("reference"):
+        torch.testing.assert_close(value, loss()(*inputs))
+    with use_backend("triton"), torch.no_grad():
+        assert not loss()(*[x.requires_grad_() for x in inputs]).requires_grad
+    assert not value.requires_grad
+
+
+@in_both_ways
+def test_autocast_changes_nothing_and_a_wider_weight_keeps_its_dtype() -> None:
+    inputs = case()
+    plain = run(inputs)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        cast = run(inputs)
+    assert all(a.equal(b) for a, b in zip(plain, cast, strict=True))
+    narrow = [x.bfloat16() for x in inputs]
+    mixed, expected = run([narrow[0], narrow[1].float(), narrow[2].float()]), run(narrow)
+    assert [g.dtype for g in mixed[4:]] == [torch.bfloat16, torch.float32, torch.float32]
+    assert mixed[0].equal(expected[0])
+    torch.testing.assert_close(mixed[5], expected[5].float(), rtol=2e-2, atol=2e-2)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    import mvle_kernels.token_loss_triton as it
+
+    R, D, C = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 9)), data.draw(st.integers(1, 70))
+    V = data.draw(st.integers(1, C))
+    targets = data.draw(st.lists(st.integers(-1, V - 1), min_size=R, max_size=R))
+    inputs = case(R, D, C, data.draw(st.sampled_from(STORAGE)), seed=C)
+    before, it.BUDGET_MIB = it.BUDGET_MIB, data.draw(st.sampled_from([ONE_BUFFER, CHUNKS]))
+    try:
+        assert_equals_reference(loss(targets, V), inputs, slack=4)
+    finally:
+        it.BUDGET_MIB = before
+
+
+# ---- as an op -------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_torch_op_and_compiles_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mvle_kernels.token_loss_triton as it
+
+    rows, weight, bias = (x.requires_grad_() for x in case())
+    targets = torch.tensor(TARGETS, device=DEVICE)
+    assert_a_torch_op("masked_token_loss", rows, weight, bias, targets, -1, 42, True)
+    learns = [True, True, True]
+    assert_a_torch_op("masked_token_loss_chunked", rows, weight, bias, targets, -1, 42, 3, learns)
+    for budget in (ONE_BUFFER, CHUNKS):
+        monkeypatch.setattr(it, "BUDGET_MIB", budget)
+        torch.compiler.reset()
+        whole = compiled_whole(lambda x, w, b: loss(targets)(x * 2, w, b))
+        with use_backend("triton"):
+            got = torch.autograd.grad(whole(rows, weight, bias), (rows, weight, bias))
+            expected = torch.autograd.grad(loss(targets)(rows * 2, weight, bias), (rows, weight, bias))
+        torch.testing.assert_close(got, expected)
+
+
+@in_both_ways
+def test_its_flops_are_those_of_three_products() -> None:
+    rows, weight, bias = (x.requires_grad_() for x in case())
+    product = 2 * 7 * 45 * 5
+    with use_backend("triton"):
+        with FlopCounterMode(display=False) as counted:
+            loss()(rows, weight, bias).backward()
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            loss()(rows, weight, bias)
+    assert counted.get_total_flops() == 3 * product and forward.get_total_flops() == product
+
+
+def test_explain_says_when_it_is_taken() -> None:
+    rows, weight, bias = case()
+    targets = torch.tensor(TARGETS, device=DEVICE)
+    said = explain(masked_token_loss, rows.double(), weight, bias, targets)
+    assert "triton refused: takes float32, bfloat16, float16; got torch.float64" in said and "dense chosen" in said
+    said = explain(masked_token_loss, rows, weight, bias, targets)
+    assert ("triton chosen" if DEVICE.type == "cuda" else "triton not asked: the interpreter is for checks") in said
