@@ -152,11 +152,11 @@ def test_rows_without_a_target_cost_and_learn_nothing() -> None:
 def test_a_row_that_is_not_a_number_shows_in_the_loss_and_spreads_to_no_other_row(what: float) -> None:
     rows, weight, bias = case()
     rows[3, 2] = what
-    value, _, _, ranks, d_rows, d_weight, _ = run([rows, weight, bias])
+    value, _, _, ranks, d_rows, d_weight, d_bias = run([rows, weight, bias])
     assert not value.isfinite() and not d_rows[3].isfinite().any() and ranks[3] == 42
     others = [r for r in range(7) if r != 3]
     assert d_rows[others].isfinite().all() and ranks[others].max() < 42
-    assert d_weight[42:].eq(0).all()
+    assert d_weight[42:].eq(0).all() and d_bias[42:].eq(0).all()
 
 
 @in_both_ways

@@ -1,0 +1,224 @@
+"""What a hand-written kernel could save over torch.compile in the encoders, by count: launches and bytes.
+
+A kernel that does the same passes as a generated one is more to maintain and saves nothing. So before one is written
+for an elementwise piece of a block, this says what eager torch, torch.compile and the best kernel possible read and
+write on the same work.
+
+    python -m benchmarks.fusions                 a table, at the widths of base
+    python -m benchmarks.fusions --rows 50432    rows of 256 images; all bytes but those of weights grow with them
+
+eager      ops as they come, bytes as benchmarks/counts.py counts them
+CPU, GPU   what inductor plans for a CPU and for an H100, by its own account: kernels after fusion, and the buffers that
+           each reads and writes. It plans without generating code, so neither a GPU nor a C++ compiler is needed: the
+           tensors are fake and the device's properties are told. How it plans is its own affair: this is known to work
+           under torch 2.14
+floor      each input read once, each output written once: no kernel does less. Two launches where rows are summed in a
+           fixed order (partial sums, then theirs), else one
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from mvle_kernels.recipes import RECIPES
+from torch import Tensor
+
+from .counts import Work, _size
+
+aten = torch.ops.aten
+ROWS = 8192  # inductor fuses sums of both directions from 5 Mi elements on
+MARGIN = 1.05  # less than this over the floor is not worth a kernel
+Piece = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A piece of a block in one direction: what it computes of which tensors, and launches of the best kernel."""
+
+    name: str
+    compute: Piece
+    inputs: Callable[[int], list[Tensor]]
+    launches: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """(launches, bytes) of one fusion: eager, as inductor plans it for a CPU and for a GPU, floor."""
+
+    name: str
+    eager: tuple[int, int]
+    cpu: tuple[int, int]
+    gpu: tuple[int, int]
+    floor: tuple[int, int]
+
+    @property
+    def over(self) -> float:
+        """Bytes of what is compiled for a GPU, as a multiple of the floor."""
+        return self.gpu[1] / self.floor[1]
+
+
+# ---- the pieces -----------------------------------------------------------------------------------------------------
+
+
+def residual_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """x + y, and its LayerNorm with the statistics that its backward reads."""
+    total = x + y
+    return total, *aten.native_layer_norm(total, [total.shape[1]], weight, bias, 1e-6)
+
+
+def residual_norm_backward(
+    grad: Tensor, grad_total: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of the sum (x and y have the same one), of the weight and of the bias."""
+    shape, wanted = [total.shape[1]], [True, True, True]
+    d_x, d_weight, d_bias = aten.native_layer_norm_backward(grad, total, shape, mean, rstd, weight, bias, wanted)
+    return d_x + grad_total, d_weight, d_bias
+
+
+def bias_gelu(u: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """GELU of what a product without bias made: the input of the second linear layer. u is kept."""
+    return (torch.nn.functional.gelu(u + bias),)
+
+
+def bias_gelu_backward(grad: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """As GeluLinear (mvle/model/layers.py) has it: GELU once more, for the gradient of the second weight; the gradient
+    of u, and its sum over rows, that of the bias."""
+    z = u + bias
+    d_u = aten.gelu_backward(grad, z)
+    return torch.nn.functional.gelu(z), d_u, d_u.sum(0)
+
+
+def _empty(rows: int, *widths: int) -> list[Tensor]:
+    """A tensor [rows, width] of each width, [-width] of each negative one, in bfloat16 and without memory."""
+    return [torch.empty((rows, w) if w > 0 else (-w,), dtype=torch.bfloat16, device="meta") for w in widths]
+
+
+def fusions() -> list[Fusion]:
+    """The pieces at the widths of base."""
+    D, inner = RECIPES["base"].width, RECIPES["base"].mlp
+
+    def norm_backward(rows: int) -> list[Tensor]:
+        grad, grad_total, x, y, weight, bias = _empty(rows, D, D, D, D, -D, -D)
+        total, _, mean, rstd = residual_norm(x, y, weight, bias)
+        return [grad, grad_total, total, mean, rstd, weight, bias]
+
+    return [
+        Fusion("residual + LayerNorm", residual_norm, lambda n: _empty(n, D, D, -D, -D), 1),
+        Fusion("residual + LayerNorm, backward", residual_norm_backward, norm_backward, 2),
+        Fusion("bias + GELU", bias_gelu, lambda n: _empty(n, inner, -inner), 1),
+        Fusion("bias + GELU, backward", bias_gelu_backward, lambda n: _empty(n, inner, inner, -inner), 2),
+    ]
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+
+class _PlannedError(Exception):
+    """Thrown where code would be generated: the plan is known by then."""
+
+
+@contextmanager
+def _told_of_an_h100() -> Iterator[None]:
+    """What inductor asks a GPU before it plans for it."""
+    import torch._inductor.compile_fx as compiler
+    import torch._inductor.scheduler as scheduler
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    known = {"major": 9, "multi_processor_count": 132, "warp_size": 32, "max_threads_per_block": 1024}
+    known |= {"regs_per_multiprocessor": 65536, "max_threads_per_multi_processor": 2048}
+    properties = SimpleNamespace(**known, minor=0, total_memory=80 * 2**30, name="H100")
+    with (
+        mock.patch.object(DeviceProperties, "create", lambda d: DeviceProperties("cuda", 0, cc=90, **known)),
+        mock.patch.object(CudaInterface, "get_device_properties", lambda *_: properties),
+        mock.patch.object(CudaInterface.Worker, "get_device_properties", lambda *_: properties),
+        mock.patch("torch.cuda.get_device_properties", lambda *_: properties),
+        mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
+        mock.patch("torch.cuda.current_device", lambda: 0),
+        mock.patch("torch.cuda.device_count", lambda: 1),
+        mock.patch.object(compiler, "_check_triton_bf16_support", lambda _: None),
+        mock.patch.object(scheduler, "has_triton", lambda *_: True),
+    ):
+        yield
+
+
+def planned(compute: Piece, inputs: list[Tensor], device: str) -> tuple[int, int]:
+    """Kernels that inductor would generate for this call on a device ("cpu" or "cuda"), and bytes that they read and
+    write. Not inductor's count of generated kernels: on a CPU that has the ones which it tries and throws away too."""
+    import torch._inductor.config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.graph import GraphLowering
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    found: list[tuple[int, int]] = []
+
+    def stop(graph: GraphLowering) -> None:
+        graph._update_scheduler()
+        size, nodes, _ = graph.count_bytes()
+        found.append((len(nodes), size))
+        raise _PlannedError
+
+    with torch.no_grad(), FakeTensorMode(), torch._inductor.config.patch(fx_graph_cache=False), ExitStack() as told:
+        if device == "cuda":
+            told.enter_context(_told_of_an_h100())
+        fake = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in inputs]
+        graph = make_fx(compute, decomposition_table=select_decomp_table())(*fake)
+        with mock.patch.object(GraphLowering, "compile_to_module", stop):
+            try:
+                compile_fx_inner(graph, fake)
+            except Exception:
+                if not found:
+                    raise
+    return found[0]
+
+
+def count(fusion: Fusion, rows: int) -> Row:
+    """All counts of one fusion."""
+    inputs = fusion.inputs(rows)
+    with torch.no_grad(), Work() as eager:
+        outputs = fusion.compute(*inputs)
+    read = inputs[: -1 if fusion.compute is residual_norm_backward else None]  # whose last, the bias, is only asked for
+    floor = sum(map(_size, [*read, *outputs]))
+    plans = [planned(fusion.compute, inputs, device) for device in ("cpu", "cuda")]
+    return Row(fusion.name, (eager.launches, eager.bytes), *plans, (fusion.launches, floor))
+
+
+def table(rows: int) -> list[Row]:
+    """Of all fusions."""
+    return [count(fusion, rows) for fusion in fusions()]
+
+
+def lines(found: list[Row]) -> list[str]:
+    """The table as text."""
+    width = max(len(row.name) for row in found)
+    heads = "".join(f"{head:>18}" for head in ("eager", "CPU", "GPU", "floor"))
+    out = [f"{'launches | MiB':{width}}{heads}   GPU / floor"]
+    for row in found:
+        cells = (f"{n} | {size / 2**20:.1f}" for n, size in (row.eager, row.cpu, row.gpu, row.floor))
+        verdict = (
+            "nothing to gain" if row.over <= MARGIN else f"a kernel could save {1 - 1 / row.over:.0%} of the bytes"
+        )
+        out.append(f"{row.name:{width}}{''.join(f'{c:>18}' for c in cells)}   {row.over:.2f}  {verdict}")
+    return out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Launches and bytes of the encoders' elementwise pieces.")
+    parser.add_argument("--rows", type=int, default=ROWS)
+    options = parser.parse_args(arguments)
+    print(f"torch {torch.__version__}, {options.rows} rows in bfloat16")
+    print("\n".join(lines(table(options.rows))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
