@@ -246,6 +246,14 @@ def test_gradients_follow_the_gradient_of_the_loss_and_can_be_asked_for_again(dt
         again.sum().backward()
 
 
+def test_the_gradient_of_the_weight_is_summed_in_float32_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mvle_kernels.token_loss_triton as it
+
+    monkeypatch.setattr(it, "BUDGET_MIB", 0.0)  # a row a chunk: in bfloat16 a sum of equal terms ends at 256 of them
+    rows, weight, bias = case(1, D=1, C=4, dtype=torch.bfloat16)
+    assert_equals_reference(loss([1] * 400, 4), [rows.repeat(400, 1), weight, bias])
+
+
 @in_both_ways
 def test_two_runs_are_bitwise_equal() -> None:
     inputs = case(dtype=torch.bfloat16)
