@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import triton_support
 from .dispatch import Op
 from .layout import equal_length, has_tail
 from .packed import Packed, concatenate, from_host, round_up, row_index
@@ -49,6 +50,25 @@ def scale_and_shift(
         return values[0], values[3]
     scale, shift = from_host(values, dtype, device).split(3)
     return scale, shift
+
+
+def _refuse_patchify(
+    images: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> str | None:
+    if dtype not in triton_support.DTYPES:
+        return f"gives float32, bfloat16, float16; got {str(dtype).removeprefix('torch.')}"
+    return triton_support.refuse(images, dtypes=(torch.uint8,))
+
+
+def _unasked(tensor: Tensor | Packed, *_: Any) -> str | None:
+    return triton_support.unasked(tensor.rows if isinstance(tensor, Packed) else tensor)
+
+
+@PATCHIFY.register("triton", "a byte in, a value out, in one pass", _refuse_patchify, _unasked)
+def _patchify_triton(*arguments: Any) -> Tensor:
+    from .patches_triton import patchify
+
+    return patchify(*arguments)
 
 
 @PATCHIFY.register("reference", "plain torch")
@@ -96,6 +116,33 @@ def mask_of(masked: Packed, patches: int) -> Tensor:
     # tail rows fall into the spare last sequence; not `flags[…] = True`, which on a GPU waits for a copy of the True
     flags.index_fill_(0, sequence * patches + masked.rows.long(), True)
     return flags.view(-1, patches)[:-1]
+
+
+def _refuse_views(
+    x_BND: Tensor,
+    positions: Tensor,
+    class_token: Tensor,
+    mask_token: Tensor,
+    keep: Packed | None,
+    masked: Packed | None,
+    views: Sequence[PatchView],
+    row_multiple: int,
+) -> str | None:
+    lists = [{"replace": masked, "drop": keep}.get(view) if isinstance(view, str) else view for view in views]
+    if any(p.lengths is None for p in lists if p is not None):
+        return "takes lists of patches whose lengths the host knows"
+    of_lists = [t for p in lists if p is not None for t in (p.rows, p.offsets)]
+    others = (positions, class_token, mask_token)
+    return next((r for t in others if (r := triton_support.refuse(t))), None) or triton_support.refuse(
+        x_BND, *others, *of_lists
+    )
+
+
+@EMBED_VIEWS.register("triton", "all views in one pass, and back in one", _refuse_views, _unasked)
+def _embed_views_triton(*arguments: Any) -> Packed:
+    from .patches_triton import embed_views
+
+    return embed_views(*arguments)
 
 
 @EMBED_VIEWS.register("dense", "whole views as one batch, dropped patches by one gather")
