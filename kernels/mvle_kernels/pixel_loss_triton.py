@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import config
+from .patches_triton import normalised_pixels, pixel_arguments, scale_and_shift
 from .recipes import RECIPES
 from .triton_support import allocate, define, launch, power_of_2
 
@@ -49,7 +50,6 @@ def pixel_loss_kernel(
     partial,
     slope,
     # sizes
-    patch,
     down,  # patches of an image, from top to bottom and from side to side
     across,
     # strides
@@ -66,7 +66,8 @@ def pixel_loss_kernel(
     shift_1,
     shift_2,
     # compile-time
-    X: tl.constexpr,
+    PATCH: tl.constexpr,
+    TOGETHER: tl.constexpr,
     L1: tl.constexpr,
     MSE: tl.constexpr,
     PER_PATCH: tl.constexpr,
@@ -74,23 +75,33 @@ def pixel_loss_kernel(
     BLOCK_X: tl.constexpr,
 ):
     """One row of the prediction against its patch."""
+    X: tl.constexpr = 3 * PATCH * PATCH
     r = tl.program_id(0).to(tl.int64)
     which = tl.load(rows + r).to(tl.int64)
     x = tl.arange(0, BLOCK_X)
     real = (x < X) & (which >= 0)
 
-    # the patch's place in the image, and each value's in the patch
     which = tl.maximum(which, 0)
-    b, n = which // (down * across), which % (down * across)
-    channel = x % 3
-    height = (n // across) * patch + x // (3 * patch)
-    width = (n % across) * patch + (x // 3) % patch
-    place = b * stride_b + height * stride_h + width * stride_w + channel * stride_c
-
-    pixel = tl.load(images + place, mask=real, other=0).to(tl.float32)
-    scale = tl.where(channel == 0, scale_0, tl.where(channel == 1, scale_1, scale_2))
-    shift = tl.where(channel == 0, shift_0, tl.where(channel == 1, shift_1, shift_2))
-    target = pixel * scale + shift
+    target = normalised_pixels(
+        images,
+        which // (down * across),
+        which % (down * across),
+        x,
+        real,
+        across,
+        stride_b,
+        stride_h,
+        stride_w,
+        stride_c,
+        scale_0,
+        scale_1,
+        scale_2,
+        shift_0,
+        shift_1,
+        shift_2,
+        PATCH,
+        TOGETHER,
+    )
     if PER_PATCH:  # two passes in registers: a difference of large sums would lose the small deviations
         mean = tl.sum(tl.where(real, target, 0.0), 0) / X
         centred = tl.where(real, target - mean, 0.0)
@@ -143,14 +154,10 @@ def forward(
         rows=rows,
         partial=partial,
         slope=slope,
-        patch=patch,
         down=height // patch,
         across=width // patch,
         stride_r=prediction.stride(0),
-        **dict(zip(("stride_b", "stride_h", "stride_w", "stride_c"), images.stride(), strict=True)),
-        **{f"scale_{i}": s for i, s in enumerate(scale)},
-        **{f"shift_{i}": s for i, s in enumerate(shift)},
-        X=X,
+        **pixel_arguments(images, patch, scale, shift),
         L1=l1,
         MSE=mse,
         PER_PATCH=per_patch,
@@ -202,7 +209,7 @@ def masked_pixel_loss(
     """The backend: as pixel_loss.py asks for it."""
     if prediction.stride(-1) != 1:
         prediction = prediction.contiguous()
-    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    scale, shift = scale_and_shift(mean, std)
     with_slope = prediction.requires_grad and torch.is_grad_enabled()
     return pixel_loss(
         prediction, images, rows, patch, scale, shift, "l1" in kind, "mse" in kind, per_patch, with_slope
