@@ -314,6 +314,17 @@ def sum_into(total: Tensor, index: Tensor, values: Tensor) -> None:
         total.index_add_(0, index, values)
 
 
+def _refuse_expand(rows: Packed, index: Tensor, layout: Packed) -> str | None:
+    return triton_support.refuse(rows.rows, index, rows.offsets, layout.offsets)
+
+
+@EXPAND.register("triton", "one pass each way, no index of rows, no sort", _refuse_expand, _unasked)
+def _expand_triton(*arguments: Any) -> Packed:
+    from .expand_triton import expand
+
+    return expand(*arguments)
+
+
 @EXPAND.register("dense", "one gather; its backward sums whole sequences in order")
 def _expand_dense(rows: Packed, index: Tensor, layout: Packed) -> Packed:
     if index.numel() == 0 or rows.total == 0:
