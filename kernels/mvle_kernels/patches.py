@@ -26,6 +26,7 @@ from .packed import Packed, concatenate, from_host, round_up, row_index
 
 PATCHIFY = Op("patchify")
 EMBED_VIEWS = Op("embed_views")
+INSERT = Op("insert_mask_tokens")
 EXPAND = Op("expand")
 
 PatchView = str | Packed  # a view of an image by name, or the patches that it shows
@@ -140,7 +141,7 @@ def _refuse_views(
 
 @EMBED_VIEWS.register("triton", "all views in one pass, and back in one", _refuse_views, _unasked)
 def _embed_views_triton(*arguments: Any) -> Packed:
-    from .patches_triton import embed_views
+    from .views_triton import embed_views
 
     return embed_views(*arguments)
 
@@ -237,11 +238,24 @@ def embed_views(
     return EMBED_VIEWS(x_BND, positions, class_token, mask_token, keep, masked, views, row_multiple)
 
 
-def insert_mask_tokens(
-    rows: Packed, masked: Packed, mask_token: Tensor, positions: Tensor, row_multiple: int = 1
-) -> Packed:
-    """Sequences of class + visible patches -> full length N + 1, each masked patch n becoming mask_token +
-    positions[n + 1]. rows Packed [T, D]; masked Packed int32; mask_token [D]; positions [N + 1, D]."""
+def _refuse_insert(
+    rows: Packed, masked: Packed, mask_token: Tensor, positions: Tensor, row_multiple: int
+) -> str | None:
+    lists = (rows.offsets, masked.rows, masked.offsets)
+    return next((r for t in (mask_token, positions) if (r := triton_support.refuse(t))), None) or triton_support.refuse(
+        rows.rows, mask_token, positions, *lists
+    )
+
+
+@INSERT.register("triton", "one pass each way, no index of rows", _refuse_insert, _unasked)
+def _insert_triton(*arguments: Any) -> Packed:
+    from .insert_triton import insert_mask_tokens
+
+    return insert_mask_tokens(*arguments)
+
+
+@INSERT.register("dense", "one gather, and a choice between it and mask tokens")
+def _insert_dense(rows: Packed, masked: Packed, mask_token: Tensor, positions: Tensor, row_multiple: int) -> Packed:
     N = positions.shape[0] - 1
     masked_BN = mask_of(masked, N)
     B = len(masked_BN)
@@ -253,6 +267,25 @@ def insert_mask_tokens(
     layout = Packed.layout_of([N + 1] * B, row_multiple, whole.device)
     tail = whole.new_zeros(layout.total - B * (N + 1), whole.shape[-1])
     return layout.with_rows(torch.cat([whole.flatten(0, 1), tail]))
+
+
+@INSERT.register("reference", "one sequence at a time")
+def _insert_reference(rows: Packed, masked: Packed, mask_token: Tensor, positions: Tensor, row_multiple: int) -> Packed:
+    ends, sequences = rows.offsets.tolist(), []
+    for start, gone in zip(ends, masked.unpack(), strict=False):
+        visible = iter(range(start, rows.total))
+        numbers = {n + 1 for n in gone.tolist()}
+        whole = [mask_token + q if p in numbers else rows.rows[next(visible)] for p, q in enumerate(positions)]
+        sequences.append(torch.stack(whole))
+    return Packed.of(sequences, row_multiple)
+
+
+def insert_mask_tokens(
+    rows: Packed, masked: Packed, mask_token: Tensor, positions: Tensor, row_multiple: int = 1
+) -> Packed:
+    """Sequences of class + visible patches -> full length N + 1, each masked patch n becoming mask_token +
+    positions[n + 1]. rows Packed [T, D]; masked Packed int32; mask_token [D]; positions [N + 1, D]."""
+    return INSERT(rows, masked, mask_token, positions, row_multiple)
 
 
 # ---- expand ---------------------------------------------------------------------------------------------------------
