@@ -7,7 +7,7 @@ Cost     reads R rows and writes T (R: rows of what is read; T: of the result), 
          image side at 256 pairs, bfloat16: 50432 rows of 768 values in and out = 155 MB. Plain torch makes the index of
          rows first, blanks the tail in a second pass, and sorts in the backward.
 Exact    copies; the backward sums in float32 in a fixed order and rounds once: bitwise repeatable.
-Limits   fewer than 2^31 rows. All readers of a sequence are summed by the same programs, one for each 16 rows and 256
+Limits   fewer than 2^31 rows. All readers of a sequence are summed by the same programs, one for each 8 rows and 256
          values: a sequence that everybody reads costs them a loop over everybody.
 Measured not yet measured on a GPU
 """
@@ -37,9 +37,9 @@ def rule(width: int) -> dict[str, int]:
 
 
 def backward_rule(width: int, copies: int) -> dict[str, int]:
-    """16 rows of a sequence and 256 of their values, summed in registers; the index is read up to 256 at a time."""
+    """8 rows of a sequence and 256 of their values, summed in registers; the index is read up to 256 at a time."""
     return {
-        "ROWS": 16,
+        "ROWS": 8,
         "BLOCK_D": min(power_of_2(width, 16), 256),
         "BLOCK_S": min(power_of_2(copies, 16), 256),
         "num_warps": 4,

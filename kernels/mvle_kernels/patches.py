@@ -223,9 +223,9 @@ def embed_views(
     """Patch embeddings x [B, N, D] -> Packed: for each view in order, for each image: class token, then its patches.
 
     views: "clean" (all N), "replace" (all N, masked ones become mask_token [D]), "drop" (the kept ones only), or a
-    Packed of its own with the patches to show. positions [N + 1, D], row 0 for the class token [D], are added last.
-    keep, masked: Packed int32 as `sample_patch_mask` gives them; None where no view needs them. Raises ValueError for
-    an unknown view or a missing mask.
+    Packed of its own with the patches to show, each at most once. positions [N + 1, D], row 0 for the class token [D],
+    are added last. keep, masked: Packed int32 as `sample_patch_mask` gives them; None where no view needs them. Raises
+    ValueError for an unknown view or a missing mask.
     """
     for view in views:
         if isinstance(view, Packed):

@@ -152,6 +152,16 @@ def dot_dtype(dtype: torch.dtype) -> Any:
 # ---- ops ------------------------------------------------------------------------------------------------------------
 
 
+def _without_lists(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """An op's backward answers a list of tensors with a list; to an autograd.Function the list is one argument."""
+
+    def run(ctx: Any, *gradients: Any) -> Any:
+        found = backward(ctx, *gradients)
+        return tuple(None if isinstance(g, list) else g for g in found) if isinstance(found, tuple) else found
+
+    return run
+
+
 def define(
     name: str,
     schema: str,
@@ -185,7 +195,7 @@ def define(
         assert setup is not None, f"mvle::{name} has a backward and nothing that keeps what it reads"
         op.register_autograd(backward, setup_context=setup)
         body = {"forward": staticmethod(forward), "setup_context": staticmethod(setup)}
-        body["backward"] = staticmethod(once_differentiable(backward))
+        body["backward"] = staticmethod(once_differentiable(_without_lists(backward)))
         function: Any = type(name, (torch.autograd.Function,), body)
         direct = function.apply
 

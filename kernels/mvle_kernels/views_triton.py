@@ -42,8 +42,8 @@ def rule(width: int) -> dict[str, int]:
 
 
 def backward_rule(width: int) -> dict[str, int]:
-    """One position of 16 images at a time, 256 of its values: sums stay in registers until the chunk ends."""
-    return {"ROWS": 16, "BLOCK_D": min(power_of_2(width, 16), 256), "num_warps": 4, "num_stages": 1}
+    """One position of 8 images at a time, 256 of its values: sums stay in registers until the chunk ends."""
+    return {"ROWS": 8, "BLOCK_D": min(power_of_2(width, 16), 256), "num_warps": 4, "num_stages": 1}
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -233,8 +233,7 @@ def forward(
     pairs = [(next(given), next(given)) if kind in (REPLACED, SUBSET) else (place, place) for kind in kinds]
     for v in range(0, V, 2):
         w = min(v + 1, V - 1)
-        last = v + 2 >= V
-        tail = total - firsts[-1] if last else 0
+        tail = total - firsts[-1] if v + 2 >= V else 0
         programs = B * -(-(N + 1) // chosen["ROWS"]) + max(1, -(-tail // chosen["ROWS"]))
         launch(
             embed_kernel,
@@ -321,14 +320,15 @@ def _backward_fake(gradient: Tensor, place: Tensor, masked: bool, dtype: torch.d
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[2])
-    ctx.dtypes, ctx.masked = [t.dtype for t in inputs[:4]], REPLACED in inputs[5]
+    ctx.dtypes, ctx.lists, ctx.masked = [t.dtype for t in inputs[:4]], len(inputs[4]), REPLACED in inputs[5]
 
 
 def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
     x, positions, class_token, mask_token = ctx.dtypes
     of_x, of_positions, of_mask_token = backward_op(gradient, *ctx.saved_tensors, ctx.masked, x)
     of_class_token = of_positions[0].to(class_token, copy=True)  # the class token and its position get the same
-    return of_x, of_positions.to(positions), of_class_token, of_mask_token.to(mask_token), *[None] * 4
+    found = of_x, of_positions.to(positions), of_class_token, of_mask_token.to(mask_token)
+    return *found, [None] * ctx.lists, None, None, None
 
 
 backward_op = define(
@@ -371,8 +371,7 @@ def embed_views(
         kinds.append(WHOLE if shown is None else REPLACED if view == "replace" else SUBSET)
         if shown is not None:
             lists += [shown.rows.contiguous(), shown.offsets.contiguous()]
-        known = shown.lengths if shown is not None and kinds[-1] == SUBSET else (N,) * B
-        assert known is not None
+        known = (shown.lengths or ()) if shown is not None and kinds[-1] == SUBSET else (N,) * B
         lengths += [n + 1 for n in known]
         firsts.append(firsts[-1] + sum(known) + B)
     total = round_up(firsts[-1], row_multiple)
