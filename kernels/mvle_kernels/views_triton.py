@@ -8,7 +8,7 @@ Math     `place` [V, B, N + 1] says in which row of the result view v of image b
 Cost     reads x once and writes the result once, in one launch; the backward reads the gradient of the result and
          writes that of x. Floor of base at 256 pairs, bfloat16, replace: 50176 rows in, 100864 out, of 768 values of 2
          bytes = 232 MB, and as much backward. Plain torch adds positions and chooses mask tokens in passes of their
-         own, makes each view, and then copies it into the buffer.
+         own, and copies views into the buffer: by count, 26 launches of 1036 MB and 16 of 763 MB.
 Exact    float32, rounded once; sums of a fixed order, no atomics: bitwise repeatable.
 Limits   a view shows a patch at most once; fewer than 2^31 rows.
 Measured not yet measured on a GPU
