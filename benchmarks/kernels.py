@@ -24,6 +24,9 @@ from mvle_kernels import (
     Packed,
     attention_plan,
     embed_views,
+    expand,
+    expand_layout,
+    insert_mask_tokens,
     masked_pixel_loss,
     masked_token_loss,
     patchify,
@@ -310,9 +313,47 @@ def views(pairs: int, size: Recipe, mode: str, device: torch.device, dtype: torc
 
     shown = size.patches - size.masked if mode == "drop" else size.patches
     written = pairs * (size.patches + shown + 2) * size.width * x.element_size()
-    read = _size(x) + (pairs * (size.patches - size.masked)) * size.width * x.element_size()
+    moved = _size(x) + written  # a patch is read once for both views
     leaves = [x, positions, class_token, *([] if mode == "drop" else [mask_token])]
-    return Problem("embed_views", leaves, {"auto": auto}, (0, read + written), (0, 2 * (read + written)))
+    return Problem("embed_views", leaves, {"auto": auto}, (0, moved), (0, 2 * moved))
+
+
+def insertion(pairs: int, size: Recipe, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Mask tokens of `drop` at the masked positions of each image."""
+    draw = torch.Generator(device).manual_seed(0)
+    across, shown = int(size.patches**0.5), size.patches - size.masked
+    pair_ids = torch.arange(pairs, device=device)
+    _, masked = sample_patch_mask(0, pair_ids, (across, across), 2, [size.masked // 4] * pairs)
+    layout = Packed.layout_of([shown + 1] * pairs, 1, device)
+    rows, mask_token, positions = (
+        torch.randn(*shape, size.width, generator=draw, device=device).to(dtype).requires_grad_()
+        for shape in ((layout.total,), (), (size.patches + 1,))
+    )
+
+    def auto() -> Tensor:
+        return insert_mask_tokens(layout.with_rows(rows), masked, mask_token, positions).rows
+
+    moved = _size(rows) + pairs * (size.patches + 1) * size.width * rows.element_size()
+    return Problem("insert_mask_tokens", [rows, mask_token, positions], {"auto": auto}, (0, moved), (0, 2 * moved))
+
+
+def repetition(
+    lengths: Sequence[int], index: Sequence[int], width: int, device: torch.device, dtype: torch.dtype
+) -> Problem:
+    """Sequence index[s] of a buffer again, for each s."""
+    draw = torch.Generator(device).manual_seed(0)
+    layout = Packed.layout_of(lengths, 1, device)
+    rows = torch.randn(layout.total, width, generator=draw, device=device).to(dtype).requires_grad_()
+    which = torch.tensor(index, dtype=torch.int32, device=device)
+    wanted = expand_layout(layout, which, sum(lengths[i] for i in index))
+    moved = (layout.total + wanted.total) * width * rows.element_size()
+    return Problem(
+        "expand",
+        [rows],
+        {"auto": lambda: expand(layout.with_rows(rows), which, wanted).rows},
+        (0, moved),
+        (0, 2 * moved),
+    )
 
 
 # ---- all ------------------------------------------------------------------------------------------------------------
@@ -330,6 +371,10 @@ def _cases(recipe: str, pairs: int, rows: int | None = None) -> Iterator[Case]:
     yield Case(f"patchify, {recipe}, {pairs} pairs", partial(patch_rows, pairs, size))
     for mode in ("replace", "drop"):
         yield Case(f"views, {mode}, {recipe}, {pairs} pairs", partial(views, pairs, size, mode))
+    yield Case(f"mask tokens, {recipe}, {pairs} pairs", partial(insertion, pairs, size))
+    again = [(7 * i + 1) % pairs for i in range(pairs)]
+    for what, lengths in (("images", (size.patches + 1,) * pairs), ("captions", typical_lengths(pairs, size.tokens))):
+        yield Case(f"{what} again, {recipe}, {pairs} pairs", partial(repetition, lengths, again, size.width))
 
 
 def cases(device: torch.device) -> Mapping[str, Case]:

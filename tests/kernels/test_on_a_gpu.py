@@ -17,7 +17,7 @@ from mvle_kernels.dispatch import OPS
 from mvle_kernels.recipes import Recipe
 from torch import Tensor
 
-from benchmarks.kernels import Problem, attention, patch_rows, pixel_loss, token_loss, views
+from benchmarks.kernels import Problem, attention, insertion, patch_rows, pixel_loss, repetition, token_loss, views
 
 from .triton_checks import DEVICE, needs_triton
 
@@ -42,6 +42,8 @@ PROBLEMS: dict[str, Make] = {
     "patchify": partial(patch_rows, PAIRS, SIZE),
     "views, replace": partial(views, PAIRS, SIZE, "replace"),
     "views, drop": partial(views, PAIRS, SIZE, "drop"),
+    "mask tokens": partial(insertion, PAIRS, SIZE),
+    "captions again": partial(repetition, CAPTIONS, HUB, SIZE.width),
 }
 every_problem = pytest.mark.parametrize("name", PROBLEMS)
 
