@@ -12,5 +12,9 @@ setup(
         *find_packages("kernels"),
     ],
     package_dir={"mvle": "mvle", "mvle.configs": "configs", "mvle_kernels": "kernels/mvle_kernels"},
-    package_data={"mvle.configs": ["*.yaml", "*/*.yaml"], "mvle": ["py.typed"], "mvle_kernels": ["py.typed"]},
+    package_data={
+        "mvle.configs": ["*.yaml", "*/*.yaml"],
+        "mvle": ["py.typed"],
+        "mvle_kernels": ["py.typed", "*.json", "baselines/*.json"],
+    },
 )

@@ -1,0 +1,204 @@
+"""Whether kernels still compile as well as they did: no GPU needed.
+
+    python -m mvle_kernels.regress                 compile what base and large launch, hold it against the baseline
+    python -m mvle_kernels.regress --list          and print the figures of each
+    python -m mvle_kernels.regress --only NAME     those alone whose name has NAME in it
+    python -m mvle_kernels.regress --write         make the figures of now the baseline, to be looked at and committed
+
+Every launch of each `variants()` of the files `*_triton.py` is compiled for sm_80, sm_90 and sm_100, aligned and
+unaligned; compiled.py says what is read from a binary. It is held against baselines/triton-VERSION.json: code differs
+from one version of Triton to the next, so each has its own, and a version without one fails. What fails:
+
+    always                   does not compile; a stack in an aligned one; more shared memory than the architecture has
+    against the baseline     registers up by more than a tenth; fewer vector accesses, or narrower ones; fewer
+                             tensor-core instructions, or an older kind; a launch that is new or gone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from . import launches
+from .compiled import ARCHITECTURES, FIGURES, SHARED, Source, compile_all, source
+from .triton_support import INSTALLED, captured, interpreting
+
+BASELINES = Path(__file__).parent / "baselines"
+HOW = "python -m mvle_kernels.regress --write"
+REGISTERS = 1.1  # as many times more of them may be a compiler's mood
+Figures = dict[str, int]
+Table = Mapping[str, "Figures | str"]  # name of a binary -> its figures, or why there are none
+
+
+# ---- what is compiled -----------------------------------------------------------------------------------------------
+
+
+def kernel_files() -> list[Any]:
+    """Each file of Triton kernels, imported."""
+    return [import_module(f"{__package__}.{file.stem}") for file in sorted(Path(__file__).parent.glob("*_triton.py"))]
+
+
+def sources(modules: Sequence[Any], only: str = "") -> Iterator[tuple[str, Source]]:
+    """(name, source) of each binary: `file / variant / kernel / architecture specialisation`."""
+    for module in modules:
+        for variant, call in module.variants():
+            for architecture in ARCHITECTURES:
+                with launches.target(architecture), captured() as made:
+                    call()
+                seen: dict[str, int] = {}
+                for launch in made:
+                    kernel = launch.kernel.fn.__name__
+                    seen[kernel] = seen.get(kernel, 0) + 1
+                    again = f" {seen[kernel]}" if seen[kernel] > 1 else ""  # a call that launches a kernel twice
+                    for aligned in (True, False):
+                        last = f"{architecture} {'aligned' if aligned else 'unaligned'}"
+                        name = f"{module.__name__.rpartition('.')[2]} / {variant} / {kernel}{again} / {last}"
+                        if only in name:
+                            yield name, source(launch, architecture, aligned)
+
+
+# ---- the rules ------------------------------------------------------------------------------------------------------
+
+
+def wrong(name: str, now: Figures | str) -> Iterator[str]:
+    """What no baseline excuses."""
+    if isinstance(now, str):
+        yield f"does not compile: {now}"
+        return
+    architecture, specialisation = name.split(" / ")[-1].split()
+    if specialisation == "aligned" and now["stack"]:
+        yield f"stack {now['stack']} bytes: registers spill in what a step launches"
+    if now["shared"] > SHARED[architecture]:
+        yield f"shared {now['shared']} bytes: {architecture} has {SHARED[architecture]}"
+
+
+def worse(before: Figures, now: Figures) -> Iterator[str]:
+    """What changed for the worse."""
+    if now["registers"] > REGISTERS * before["registers"]:
+        yield f"registers {before['registers']} -> {now['registers']}: more than a tenth up"
+    for kind in ("load", "store"):
+        wide, narrow = f"{kind}16", f"{kind}8"
+        if now[wide] < before[wide]:
+            yield f"{wide} {before[wide]} -> {now[wide]}: vector accesses are lost"
+        elif now[wide] + now[narrow] < before[wide] + before[narrow] and now[wide] == before[wide]:
+            yield f"{narrow} {before[narrow]} -> {now[narrow]}: vector accesses are lost"
+    # the newest kind that the baseline has; a newer one in its place is no loss
+    kinds = ("tcgen05", "wgmma", "mma")
+    best = next((kind for kind in kinds if before[kind]), None)
+    if best and now[best] < before[best] and not any(now[kind] for kind in kinds[: kinds.index(best)]):
+        yield f"{best} {before[best]} -> {now[best]}: tensor-core instructions are lost"
+
+
+def differences(baseline: Mapping[str, Figures], now: Table) -> list[str]:
+    """A line for each rule that a binary breaks."""
+    lines = []
+    for name in sorted(baseline.keys() | now.keys()):
+        if name not in now:
+            lines.append(f"{name}: is in the baseline and launched no more. If that is meant: {HOW}")
+            continue
+        found = now[name]
+        lines += [f"{name}: {line}" for line in wrong(name, found)]
+        if name not in baseline:
+            lines.append(f"{name}: is not in the baseline. If it is as it should be: {HOW}")
+        elif not isinstance(found, str):
+            lines += [f"{name}: {line}" for line in worse(baseline[name], found)]
+    return lines
+
+
+# ---- baselines and tables -------------------------------------------------------------------------------------------
+
+
+def baseline_file(folder: Path) -> Path:
+    """That of the installed version."""
+    import triton
+
+    return folder / f"triton-{'.'.join(triton.__version__.split('.')[:2])}.json"
+
+
+def read(file: Path) -> dict[str, Figures]:
+    """A baseline; figures that it does not name are 0."""
+    return {name: dict.fromkeys(FIGURES, 0) | found for name, found in json.loads(file.read_text()).items()}
+
+
+def write(file: Path, table: Mapping[str, Figures]) -> None:
+    """One line a binary, in order: a change shows as the lines that it changes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shown = {name: {figure: n for figure, n in table[name].items() if n} for name in sorted(table)}
+    lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in shown.items()]
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def listing(now: Table) -> str:
+    """Every binary with its figures, a column each."""
+    wide = max([len(name) for name in now], default=0)
+    rows = [f"{'':{wide}}  " + "  ".join(f"{name:>9}" for name in FIGURES)]
+    for name in sorted(now):
+        found = now[name]
+        cells = found if isinstance(found, str) else "  ".join(f"{found[figure]:9}" for figure in FIGURES)
+        rows.append(f"{name:{wide}}  {cells}")
+    return "\n".join(rows)
+
+
+def check(modules: Sequence[Any], folder: Path, only: str = "", rewrite: bool = False, show: bool = False) -> int:
+    """Compile, list, write, compare: the exit code."""
+    file = baseline_file(folder)
+    missing = f"no baseline for this Triton: {file} is missing. Make it, look at it, commit it: {HOW}"
+    if not (file.exists() or rewrite or show):
+        print(missing)
+        return 1
+    begin = time.perf_counter()
+    wanted = dict(sources(modules, only))
+    if not wanted:
+        print(f"nothing is launched whose name has {only!r} in it")
+        return 1
+    now: Table = dict(zip(wanted, compile_all(list(wanted.values())), strict=True))
+    once = len({item.key for item in wanted.values()})
+    print(f"{len(now)} binaries, {once} of them different, compiled in {time.perf_counter() - begin:.0f} s")
+    if show:
+        print(listing(now))
+    if rewrite:
+        others = read(file) if only and file.exists() else {}
+        others = {name: found for name, found in others.items() if only not in name}
+        write(file, others | {name: found for name, found in now.items() if not isinstance(found, str)})
+        print(f"wrote {file}")
+    elif not file.exists():
+        print(missing)
+        return 1
+    lines = differences({name: found for name, found in read(file).items() if only in name}, now)
+    print("\n".join([f"{len(lines)} differences from {file.name}:", *lines]) if lines else f"as in {file.name}")
+    return 1 if lines else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m mvle_kernels.regress", description=(__doc__ or "").splitlines()[0])
+    made.add_argument("--write", action="store_true", help="make the figures of now the baseline")
+    made.add_argument("--list", action="store_true", help="print every figure")
+    made.add_argument("--only", default="", metavar="NAME", help="binaries alone whose name has this in it")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """What the command line does."""
+    chosen = parser().parse_args(arguments)
+    if not INSTALLED:
+        print("triton is not installed: nothing can be compiled")
+        return 1
+    if any(name.startswith("TRITON_") for name in os.environ):
+        # the interpreter cannot compile, and other settings change what is compiled. They are read at Triton's import
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+        again = [sys.executable, "-m", f"{__package__}.regress", *(sys.argv[1:] if arguments is None else arguments)]
+        os.execve(sys.executable, again, clean)
+    assert not interpreting()
+    return check(kernel_files(), BASELINES, chosen.only, chosen.write, chosen.list)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
