@@ -20,6 +20,8 @@ import torch
 TABLE = Path(__file__).parent / "launches.json"
 INTERPRETER = "interpreter"
 _target: str | None = None
+_tried: Mapping[str, Mapping[str, int]] | None = None  # key -> config that comes before the table
+_asked: dict[str, Mapping[str, int]] = {}
 
 
 @cache
@@ -37,6 +39,17 @@ def target(architecture: str) -> Iterator[None]:
         yield
     finally:
         _target = before
+
+
+@contextmanager
+def trying(configs: Mapping[str, Mapping[str, int]]) -> Iterator[dict[str, Mapping[str, int]]]:
+    """These configs, by key, and else the rules: the table is not looked at. Gives what is asked for, key -> rule."""
+    global _tried, _asked
+    before, _tried, _asked = (_tried, _asked), configs, {}
+    try:
+        yield _asked
+    finally:
+        _tried, _asked = before
 
 
 def architecture(device: torch.device) -> str:
@@ -58,4 +71,8 @@ def config(
     kernel: str, device: torch.device, dtype: torch.dtype, bucket: Mapping[str, int], rule: Mapping[str, int]
 ) -> Mapping[str, int]:
     """What the table has for this kind of shape, else what the kernel's own rule says."""
-    return table().get(architecture(device), {}).get(key(kernel, dtype, bucket), rule)
+    name = key(kernel, dtype, bucket)
+    if _tried is not None:
+        _asked[name] = rule
+        return _tried.get(name, rule)
+    return table().get(architecture(device), {}).get(name, rule)

@@ -219,15 +219,17 @@ def masked_pixel_loss(
 # ---- what base and large launch --------------------------------------------------------------------------------------
 
 
-def variants() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call over tensors without memory) of each launch that is held by the regression check."""
+def variants(device: str = "meta") -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of each launch that is held by the regression check, over tensors without memory; and on a GPU,
+    where the tuner times them, over tensors that such a call may have."""
     for name, recipe in RECIPES.items():
         for per_patch in (False, True):
             rows = recipe.pairs * recipe.masked
-            prediction = torch.empty(rows, recipe.values, dtype=torch.bfloat16, device="meta")
+            prediction = torch.randn(rows, recipe.values, dtype=torch.bfloat16, device=device)
             side = int(recipe.patches**0.5) * recipe.patch
-            images = torch.empty(recipe.pairs, side, side, 3, dtype=torch.uint8, device="meta")
-            which = torch.empty(rows, dtype=torch.int32, device="meta")
+            images = torch.randint(0, 256, (recipe.pairs, side, side, 3), dtype=torch.uint8, device=device)
+            patches = recipe.pairs * recipe.patches
+            which = torch.arange(rows, device=device).mul(patches).floor_divide(rows).int()  # spread over all images
             scale, shift = [1 / 127.5] * 3, [-1.0] * 3
             call = partial(forward, prediction, images, which, recipe.patch, scale, shift, True, False, per_patch, True)
             yield f"{name}, {'targets normalised by patch' if per_patch else 'plain targets'}", call

@@ -1,4 +1,4 @@
-"""Kernels made to be caught: what test_regress.py compiles, in a process without the interpreter."""
+"""Kernels to be caught: test_regress.py compiles them in a process without the interpreter, test_tune.py runs one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-from mvle_kernels.triton_support import launch
+from mvle_kernels.launches import config
+from mvle_kernels.triton_support import allocate, launch, power_of_2
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -38,6 +39,21 @@ def broken_kernel(x, BLOCK: tl.constexpr):
     """Does not compile."""
     tl.static_assert(BLOCK == 3, "BLOCK must be 3")
     tl.store(x, 0)
+
+
+@triton.jit
+def double_kernel(x, out, X: tl.constexpr, BLOCK_X: tl.constexpr):
+    """Two times a row, which a block has to hold whole."""
+    i = tl.arange(0, BLOCK_X)
+    at = tl.program_id(0) * X + i
+    tl.store(out + at, 2 * tl.load(x + at, mask=i < X), mask=i < X)
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    X, out = x.shape[1], allocate(x.shape, x.dtype, x.device)
+    rule = {"BLOCK_X": power_of_2(X), "num_warps": 2, "num_stages": 1}
+    launch(double_kernel, x.shape[:1], config("double", x.device, x.dtype, {"x": X}, rule), x=x, out=out, X=X)
+    return out
 
 
 def product(step: int = 1) -> None:
