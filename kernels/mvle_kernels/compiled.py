@@ -7,6 +7,7 @@ Triton compiles for any architecture without a driver, and its own tools read th
     load16, load8              vector instructions that read global memory, by the bytes of one: at least 16; 8 to 15.
     store16, store8            Plain ones are not counted
     mma, wgmma, tcgen05        tensor-core instructions: of sm_80, which later ones also have; of sm_90; of sm_100
+    tmem                       columns of the tensor memory that sm_100 has for the results of its products
 
 A kernel has two specialisations. `aligned` is what a step launches: pointers and numbers that 16 divides are known to
 be such, which vector instructions and asynchronous copies need. `unaligned` knows nothing of the kind. In both a number
@@ -35,7 +36,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # bytes of shared memory that a program may have, by CUDA's table of compute capabilities
 SHARED = {name: kib * 1024 for name, kib in {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}.items()}
 SHARED |= {name: kib * 1024 for name, kib in {"sm_100": 227, "sm_103": 227, "sm_120": 99}.items()}
-FIGURES = ("registers", "stack", "shared", "load16", "load8", "store16", "store8", "mma", "wgmma", "tcgen05")
+FIGURES = ("registers", "stack", "shared", "load16", "load8", "store16", "store8", "mma", "wgmma", "tcgen05", "tmem")
+TENSOR_MEMORY = 512  # columns
 VECTOR = re.compile(r"\b(ld|st)\.global[\w.:]*\.v(\d)\.[a-z]+(\d+)")
 COPY = re.compile(r"\bcp\.async\.c[ag]\.shared[^;]*?\], (0x[0-9a-f]+|\d+)\b")  # the first size: bytes of one copy
 TENSOR = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma\b"}
@@ -118,7 +120,8 @@ def figures(wanted: Source) -> dict[str, int]:
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = resources(usage) | {"shared": binary.metadata.shared} | instructions(binary.asm["ptx"])
+    found = resources(usage) | instructions(binary.asm["ptx"])
+    found |= {"shared": binary.metadata.shared, "tmem": binary.metadata.tmem_size or 0}
     return {name: found[name] for name in FIGURES}
 
 

@@ -9,7 +9,7 @@ Every launch of each `variants()` of the files `*_triton.py` is compiled for sm_
 unaligned; compiled.py says what is read from a binary. It is held against baselines/triton-VERSION.json: code differs
 from one version of Triton to the next, so each has its own, and a version without one fails. What fails:
 
-    always                   does not compile; a stack in an aligned one; more shared memory than the architecture has
+    always                   does not compile; a stack in an aligned one; more shared or tensor memory than there is
     against the baseline     registers up by more than a tenth; fewer vector accesses, or narrower ones; fewer
                              tensor-core instructions, or an older kind; a launch that is new or gone
 """
@@ -21,14 +21,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from . import launches
-from .compiled import ARCHITECTURES, FIGURES, SHARED, Source, compile_all, source
-from .triton_support import INSTALLED, captured, interpreting
+from .compiled import ARCHITECTURES, FIGURES, SHARED, TENSOR_MEMORY, Source, compile_all, source
+from .triton_support import INSTALLED, Launch, captured, interpreting
 
 BASELINES = Path(__file__).parent / "baselines"
 HOW = "python -m mvle_kernels.regress --write"
@@ -47,21 +48,34 @@ def kernel_files() -> list[Any]:
 
 def sources(modules: Sequence[Any], only: str = "") -> Iterator[tuple[str, Source]]:
     """(name, source) of each binary: `file / variant / kernel / architecture specialisation`."""
-    for module in modules:
-        for variant, call in module.variants():
-            for architecture in ARCHITECTURES:
-                with launches.target(architecture), captured() as made:
-                    call()
-                seen: dict[str, int] = {}
-                for launch in made:
-                    kernel = launch.kernel.fn.__name__
-                    seen[kernel] = seen.get(kernel, 0) + 1
-                    again = f" {seen[kernel]}" if seen[kernel] > 1 else ""  # a call that launches a kernel twice
-                    for aligned in (True, False):
-                        last = f"{architecture} {'aligned' if aligned else 'unaligned'}"
-                        name = f"{module.__name__.rpartition('.')[2]} / {variant} / {kernel}{again} / {last}"
-                        if only in name:
-                            yield name, source(launch, architecture, aligned)
+    seen: set[str] = set()
+    for file, (variant, call) in ((m.__name__.rpartition(".")[2], each) for m in modules for each in m.variants()):
+        place = f"{file} / {variant}"
+        if place in seen:
+            raise ValueError(f"two variants are called {place!r}")
+        seen.add(place)
+        calls = {architecture: _launches(call, architecture) for architecture in ARCHITECTURES}
+        if not any(calls.values()):
+            raise ValueError(f"{place!r} launches nothing")
+        for architecture, made in calls.items():
+            for kernel, launch in made:
+                for aligned in (True, False):
+                    name = f"{place} / {kernel} / {architecture} {'aligned' if aligned else 'unaligned'}"
+                    if only in name:
+                        yield name, source(launch, architecture, aligned)
+
+
+def _launches(call: Callable[[], object], architecture: str) -> list[tuple[str, Launch]]:
+    """Kernels with their names; the second launch of one in a call has a 2 behind it."""
+    with launches.target(architecture), captured() as made:
+        call()
+    times = Counter[str]()
+    named = []
+    for launch in made:
+        kernel = launch.kernel.fn.__name__
+        times[kernel] += 1
+        named.append((f"{kernel} {times[kernel]}" if times[kernel] > 1 else kernel, launch))
+    return named
 
 
 # ---- the rules ------------------------------------------------------------------------------------------------------
@@ -77,6 +91,8 @@ def wrong(name: str, now: Figures | str) -> Iterator[str]:
         yield f"stack {now['stack']} bytes: registers spill in what a step launches"
     if now["shared"] > SHARED[architecture]:
         yield f"shared {now['shared']} bytes: {architecture} has {SHARED[architecture]}"
+    if now["tmem"] > TENSOR_MEMORY:
+        yield f"tmem {now['tmem']} columns: {architecture} has {TENSOR_MEMORY}"
 
 
 def worse(before: Figures, now: Figures) -> Iterator[str]:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from . import launches
-from .compiled import SHARED, compile_all, source
+from .compiled import SHARED, TENSOR_MEMORY, compile_all, source
 from .regress import kernel_files
 from .triton_support import Launch, allocator, captured, interpreting
 
@@ -247,8 +247,11 @@ def compiled_well(architecture: str, calls: Sequence[Sequence[Launch]]) -> list[
     limit = SHARED.get(architecture, min(SHARED.values()))
     fine = []
     for made in calls:
-        figures = [next(found) for _ in made]
-        fine.append(all(not isinstance(f, str) and f["stack"] == 0 and f["shared"] <= limit for f in figures))
+        fits = [
+            not isinstance(f, str) and f["stack"] == 0 and f["shared"] <= limit and f["tmem"] <= TENSOR_MEMORY
+            for f in (next(found) for _ in made)
+        ]
+        fine.append(all(fits))
     return fine
 
 

@@ -9,11 +9,13 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mvle_kernels import compiled, regress
 from mvle_kernels.compiled import FIGURES, instructions, resources
+from mvle_kernels.triton_support import launch
 
 from .triton_checks import needs_triton
 
@@ -68,6 +70,7 @@ def test_the_same_figures_are_no_difference() -> None:
         ({}, {"stack": 8}, "stack 8 bytes: registers spill"),
         ({"stack": 8}, {"stack": 8}, "stack 8 bytes: registers spill"),  # no baseline excuses it
         ({}, {"shared": 227 * 1024 + 1}, "shared 232449 bytes: sm_90 has 232448"),
+        ({}, {"tmem": 513}, "tmem 513 columns: sm_90 has 512"),
         ({}, {"registers": 111}, "registers 100 -> 111: more than a tenth up"),
         ({"load16": 4}, {"load16": 3}, "load16 4 -> 3: vector accesses are lost"),
         ({"load16": 4}, {"load8": 8}, "load16 4 -> 0: vector accesses are lost"),  # more of them, and narrower
@@ -142,6 +145,7 @@ def test_each_architecture_multiplies_by_its_own_instruction(planted: dict[str, 
         found = of(planted, "/ product /", f"{architecture} aligned")
         assert [name for name in ("mma", "wgmma", "tcgen05") if found[name]] == [kind]
         assert found["load16"] > 0 and found["store16"] > 0 and found["shared"] > 0 and found["stack"] == 0
+        assert (found["tmem"] > 0) == (architecture == "sm_100")
 
 
 def test_hints_are_those_of_a_launch_and_the_unaligned_has_none(planted: dict[str, Any]) -> None:
@@ -155,6 +159,18 @@ def test_equal_launches_are_compiled_once(planted: dict[str, Any]) -> None:
     twice = [name for name in names if "the same product" in name]
     assert len(twice) == 4 and planted["different"] == len(names) - len(twice)
     assert all(names[name] == names[name.replace("the same product", "product")] for name in twice)
+
+
+def test_names_are_of_one_variant_each_and_variants_launch() -> None:
+    idle = SimpleNamespace(__name__="a.b_triton", variants=lambda: [("idle", lambda: None)])
+    with pytest.raises(ValueError, match="'b_triton / idle' launches nothing"):
+        list(regress.sources([idle]))
+    kernel = SimpleNamespace(fn=SimpleNamespace(__name__="k"))
+    call = lambda: [launch(kernel, (1,), {}) for _ in range(2)]  # noqa: E731
+    busy = SimpleNamespace(__name__="a.b_triton", variants=lambda: [("busy", call), ("busy", call)])
+    with pytest.raises(ValueError, match="two variants are called 'b_triton / busy'"):
+        list(regress.sources([busy], only="none of them"))
+    assert [name for name, _ in regress._launches(call, "sm_90")] == ["k", "k 2"]
 
 
 # ---- what is planted is caught --------------------------------------------------------------------------------------

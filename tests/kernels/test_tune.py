@@ -96,11 +96,12 @@ def test_what_does_not_fit_is_never_timed(tmp_path: Path) -> None:
 
 
 def test_a_compiled_call_fits_if_all_its_launches_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    good, spilled, large = ({"stack": s, "shared": m} for s, m in ((0, 227 * 1024), (4, 0), (0, 227 * 1024 + 1)))
+    limits = ((0, 227 * 1024, 512), (4, 0, 0), (0, 227 * 1024 + 1, 0), (0, 0, 1024))
+    good, spilled, large, long = ({"stack": s, "shared": m, "tmem": t} for s, m, t in limits)
     monkeypatch.setattr(tune, "source", lambda launch, architecture, aligned: (launch, architecture, aligned))
     monkeypatch.setattr(tune, "compile_all", lambda wanted: [launch for launch, _, _ in wanted])
-    calls: Any = [[good], [good, spilled], [large], ["does not compile"], [], [good, good]]
-    assert tune.compiled_well("sm_90", calls) == [True, False, False, False, True, True]
+    calls: Any = [[good], [good, spilled], [large], [long], ["does not compile"], [good, good]]
+    assert tune.compiled_well("sm_90", calls) == [True, False, False, False, False, True]
     assert tune.compiled_well("sm_89", [calls[0]]) == [False]
 
 
