@@ -24,8 +24,9 @@ NAME = "file / variant / kernel / sm_90 aligned"
 LOOSE = "file / variant / kernel / sm_90 unaligned"
 
 
-def without_interpreter(*command: str, seconds: int = 300) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+def python(*command: str, seconds: int = 300, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A process without the interpreter of kernels, but for what the settings say."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")} | settings
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
@@ -37,7 +38,7 @@ def planted() -> dict[str, Any]:
     """What the check finds in planted_triton.py."""
     if find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    done = without_interpreter("-c", "from tests.kernels import planted_triton; planted_triton.main()")
+    done = python("-c", "from tests.kernels import planted_triton; planted_triton.main()")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -247,6 +248,10 @@ def test_a_part_alone_leaves_the_rest_of_the_baseline(checked: Any, tmp_path: Pa
     whole = file.read_text()
     assert checked(only="eight", rewrite=True) == 0 and file.read_text() == whole
     assert checked(only="eight") == 0 and checked(only="nothing of that name") == 1
+    gone = {"file / row of eight warps, once / kernel / sm_90 aligned": some()}
+    regress.write(file, regress.read(file) | gone)
+    assert checked(only="eight") == 1
+    assert checked(only="eight", rewrite=True) == 0 and file.read_text() == whole
 
 
 def test_a_list_shows_every_figure(checked: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,11 +268,18 @@ def test_a_compiler_that_dies_is_named_and_takes_no_other_with_it(monkeypatch: p
     assert found == [{"registers": 97}, "the compiler died", {"registers": 99}, {"registers": 100}, {"registers": 97}]
 
 
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(regress, "INSTALLED", False)
+    assert regress.main([]) == 1 and "triton is not installed" in capsys.readouterr().out
+
+
 # ---- the kernels ----------------------------------------------------------------------------------------------------
 
 
 @needs_triton
 @pytest.mark.slow
 def test_every_kernel_compiles_as_well_as_its_baseline_says() -> None:
-    done = without_interpreter("-m", "mvle_kernels.regress", seconds=900)
+    # with the interpreter demanded, as in `make test`: the check has to begin again without it
+    done = python("-m", "mvle_kernels.regress", seconds=900, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "binaries" in done.stdout

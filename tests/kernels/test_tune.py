@@ -87,6 +87,22 @@ def test_a_block_that_no_longer_holds_a_row_is_dropped_however_fast(tmp_path: Pa
 
 
 @needs_triton
+def test_a_config_that_is_wrong_in_one_variant_is_dropped_though_right_in_another(tmp_path: Path) -> None:
+    from .planted_triton import doubled
+
+    def variants(device: str = "meta") -> Any:
+        x = torch.ones(3, 24, device=device)
+        yield "right", lambda: doubled(x)
+        # a result that shows the config: equal to the rule's with its own block alone
+        chosen = lambda: launches.config("double", x.device, x.dtype, {"x": 24}, RULE)  # noqa: E731
+        yield "wrong", lambda: (doubled(x), torch.full((1,), chosen()["BLOCK_X"]))
+
+    two = SimpleNamespace(__name__="two_triton", variants=variants)
+    tune.tune([two], bench(lambda made: 1 / block(made)), tmp_path / "t.json")
+    assert json.loads((tmp_path / "t.json").read_text()) == {}
+
+
+@needs_triton
 def test_what_does_not_fit_is_never_timed(tmp_path: Path) -> None:
     timed: list[Launch] = []
     fast = bench(lambda made: 1 / made.warps, fits=lambda made: made.warps < 8, calls=timed)
@@ -123,7 +139,7 @@ def test_the_fastest_right_config_is_written_and_used(tmp_path: Path, monkeypatc
 
 @needs_triton
 def test_two_percent_are_not_worth_an_entry(tmp_path: Path) -> None:
-    tune.tune([toy(3)], bench(lambda made: 0.98 if made.warps == 4 else 1), tmp_path / "t.json")
+    tune.tune([toy(3, 5)], bench(lambda made: 0.98 if made.warps == 4 else 1), tmp_path / "t.json")
     assert json.loads((tmp_path / "t.json").read_text()) == {}
 
 
@@ -139,8 +155,8 @@ def test_variants_of_one_key_are_judged_together(tmp_path: Path) -> None:
 @needs_triton
 def test_configs_take_turns_and_the_median_decides(tmp_path: Path) -> None:
     timed: list[Launch] = []
-    # each sixth run is disturbed, and 4 warps are faster in all others
-    cost = lambda made: 100 if len(timed) % 6 == 0 else 0.5 if made.warps == 4 else 1  # noqa: E731
+    # each fifth run is disturbed, so each config's in turn, and 4 warps are faster in all others
+    cost = lambda made: 100 if len(timed) % 5 == 0 else 0.5 if made.warps == 4 else 1  # noqa: E731
     tune.tune(
         [toy(3)], bench(cost, fits=lambda made: made.stages == 1 and block(made) == 32, calls=timed), tmp_path / "t"
     )
