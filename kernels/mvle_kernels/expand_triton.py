@@ -239,14 +239,16 @@ def expand(rows: Packed, index: Tensor, layout: Packed) -> Packed:
 # ---- what base and large launch --------------------------------------------------------------------------------------
 
 
-def variants() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call over tensors without memory) of each launch that is held by the regression check."""
-    ints = partial(torch.empty, dtype=torch.int32, device="meta")
+def variants(device: str = "meta") -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of each launch that is held by the regression check, over tensors without memory; and on a GPU,
+    where the tuner times them, over tensors that such a call may have."""
+    ints = partial(torch.arange, dtype=torch.int32, device=device)
     for name, recipe in RECIPES.items():
         B = recipe.pairs
         for side, longest, mean in (("images", recipe.patches + 1, None), ("captions", recipe.tokens, recipe.caption)):
-            source, result = B * (mean or longest), B * longest  # drawn captions: room for the longest
-            shared = ints(B), ints(B + 1), ints(B + 1)
+            length = mean or longest
+            source, result = B * length, B * longest  # drawn captions: room for the longest
+            shared = ints(B) * 7 % B, ints(B + 1) * length, ints(B + 1) * length
             for way, run, given, made in (("forward", forward, source, result), ("backward", backward, result, source)):
-                rows = torch.empty(given, recipe.width, dtype=torch.bfloat16, device="meta")
+                rows = torch.randn(given, recipe.width, dtype=torch.bfloat16, device=device)
                 yield f"{name}, {side}, {way}", partial(run, rows, *shared, made, longest)

@@ -270,15 +270,20 @@ def insert_mask_tokens(
 # ---- what base and large launch --------------------------------------------------------------------------------------
 
 
-def variants() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call over tensors without memory) of each launch that is held by the regression check."""
-    ints = partial(torch.empty, dtype=torch.int32, device="meta")
+def variants(device: str = "meta") -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of each launch that is held by the regression check, over tensors without memory; and on a GPU,
+    where the tuner times them, over tensors that such a call may have."""
+    make = partial(torch.randn, dtype=torch.bfloat16, device=device)
+    ints = partial(torch.arange, dtype=torch.int32, device=device)
     for name, recipe in RECIPES.items():
-        B, P, kind = recipe.pairs, recipe.patches + 1, torch.bfloat16
-        make = partial(torch.empty, dtype=kind, device="meta")
-        visible, total = round_up(B * (P - recipe.masked), 128), B * P
+        B, P, listed = recipe.pairs, recipe.patches + 1, recipe.masked
+        visible, total = round_up(B * (P - listed), 128), B * P
         rows, positions = make(visible, recipe.width), make(P, recipe.width)
-        lists = ints(B + 1), ints(B * recipe.masked), ints(B + 1)
-        yield f"{name}, forward", partial(forward, rows, *lists, positions[0], positions, total)
+        starts, masked, ends = ints(B + 1) * (P - listed), ints(listed).repeat(B), ints(B + 1) * listed
+        arguments = rows, starts, masked, ends, positions[0], positions, total
+        yield f"{name}, forward", partial(forward, *arguments)
+        place = torch.empty(B, P, dtype=torch.int32, device=device)
+        if not place.is_meta:
+            place = forward(*arguments)[1]
         gradient = make(total, recipe.width)
-        yield f"{name}, backward", partial(backward, gradient, ints(B, P), ints(B + 1), visible, kind)
+        yield f"{name}, backward", partial(backward, gradient, place, starts, visible, rows.dtype)

@@ -195,9 +195,10 @@ def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[list[f
 # ---- what base and large launch -------------------------------------------------------------------------------------
 
 
-def variants() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call over tensors without memory) of each launch that is held by the regression check."""
+def variants(device: str = "meta") -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of each launch that is held by the regression check, over tensors without memory; and on a GPU,
+    where the tuner times them, over tensors that such a call may have."""
     for name, recipe in RECIPES.items():
         side = int(recipe.patches**0.5) * recipe.patch
-        images = torch.empty(recipe.pairs, side, side, 3, dtype=torch.uint8, device="meta")
+        images = torch.randint(0, 256, (recipe.pairs, side, side, 3), dtype=torch.uint8, device=device)
         yield name, partial(forward, images, recipe.patch, [1 / 127.5] * 3, [-1.0] * 3, torch.bfloat16)

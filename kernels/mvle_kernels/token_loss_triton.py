@@ -375,12 +375,13 @@ def masked_token_loss(
 # ---- what base and large launch --------------------------------------------------------------------------------------
 
 
-def variants() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call over tensors without memory) of each launch that is held by the regression check."""
+def variants(device: str = "meta") -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of each launch that is held by the regression check, over tensors without memory; and on a GPU,
+    where the tuner times them, over tensors that such a call may have."""
     for name, recipe in RECIPES.items():
         for with_slope in (True, False):
-            rows = torch.empty(4 * recipe.pairs, recipe.width, dtype=torch.bfloat16, device="meta")
-            weight = torch.empty(recipe.vocabulary, recipe.width, dtype=torch.bfloat16, device="meta")
-            targets = torch.empty(rows.shape[0], dtype=torch.int64, device="meta")
+            rows = torch.randn(4 * recipe.pairs, recipe.width, dtype=torch.bfloat16, device=device)
+            weight = torch.randn(recipe.vocabulary, recipe.width, dtype=torch.bfloat16, device=device) * 0.02
+            targets = torch.randint(0, recipe.words, (rows.shape[0],), device=device)
             call = partial(forward, rows, weight, weight[:, 0].contiguous(), targets, -1, recipe.words, with_slope)
             yield f"{name}, {'loss and gradient' if with_slope else 'loss alone'}", call

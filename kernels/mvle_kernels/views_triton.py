@@ -383,17 +383,22 @@ def embed_views(
 # ---- what base and large launch -------------------------------------------------------------------------------------
 
 
-def variants() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call over tensors without memory) of each launch that is held by the regression check."""
-    kind = torch.bfloat16
-    ints = partial(torch.empty, dtype=torch.int32, device="meta")
+def variants(device: str = "meta") -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of each launch that is held by the regression check, over tensors without memory; and on a GPU,
+    where the tuner times them, over tensors that such a call may have."""
+    make = partial(torch.randn, dtype=torch.bfloat16, device=device)
     for name, recipe in RECIPES.items():
         B, N, D = recipe.pairs, recipe.patches, recipe.width
-        x, positions = torch.empty(B, N, D, dtype=kind, device="meta"), torch.empty(N + 1, D, dtype=kind, device="meta")
+        x, positions = make(B, N, D), make(N + 1, D)
         for mode, second, listed in (("replace", REPLACED, recipe.masked), ("drop", SUBSET, N - recipe.masked)):
             firsts = [0, B * (N + 1), B * (N + 1) + B * ((N if mode == "replace" else listed) + 1)]
-            total, lists, token = round_up(firsts[-1], 128), [ints(B * listed), ints(B + 1)], positions[0]
+            patches = torch.arange(listed, dtype=torch.int32, device=device).repeat(B)
+            lists = [patches, torch.arange(B + 1, dtype=torch.int32, device=device) * listed]
+            total, token = round_up(firsts[-1], 128), positions[0]
             views = x, positions, token, token, lists, [WHOLE, second], firsts, total
             yield f"{name}, {mode}, forward", partial(forward, *views)
-            gradient, place = torch.empty(total, D, dtype=kind, device="meta"), ints(2, B, N + 1)
-            yield f"{name}, {mode}, backward", partial(backward, gradient, place, second == REPLACED, kind)
+            gradient = make(total, D)
+            place = torch.empty(2, B, N + 1, dtype=torch.int32, device=device)
+            if not place.is_meta:
+                place = forward(*views)[2]
+            yield f"{name}, {mode}, backward", partial(backward, gradient, place, second == REPLACED, x.dtype)
