@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import triton_support
+from .attention_libraries import refuse_varlen, refuse_xformers, unasked_triton, varlen, xformers
 from .dispatch import Op
 from .layout import equal_length, may_be_empty, pad, pad_index, padded_length, unpad
 from .packed import Packed
@@ -44,39 +46,34 @@ class Segment:
     alive: Tensor | None  # [S, 1, 1, 1]: False where the context is empty; None if no context can be
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """What the calls of a step with the same layouts share."""
+    """What the calls of a step with the same layouts share. What a backend needs is made when it first asks."""
 
     q: Packed
     k: Packed
     kv_index: Tensor | None
-    segments: tuple[Segment, ...]
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The dense backend's batches."""
+        if "segments" not in self.cache:
+            self.cache["segments"] = _segments(self)
+        return self.cache["segments"]
 
-def segments_of(lengths: Sequence[int] | None, sequences: int) -> list[tuple[int, int]]:
-    """Cut the query sequences where a long run of equal length begins or ends: such a run needs no padding."""
-    if lengths is None or not sequences:
-        return [(0, sequences)]
-    runs: list[tuple[int, int]] = []
-    start = 0
-    for s in range(1, sequences + 1):
-        if s == sequences or lengths[s] != lengths[start]:
-            runs.append((start, s))
-            start = s
-    long = max(4, sequences // 8)
-    merged: list[tuple[int, int, bool]] = []
-    for a, b in runs:
-        short = b - a < long
-        if merged and short and merged[-1][2]:
-            merged[-1] = (merged[-1][0], b, True)
-        else:
-            merged.append((a, b, short))
-    return [(a, b) for a, b, _ in merged]
+    @property
+    def readers(self) -> Tensor:
+        """Who reads which context, for a backward: `readers_of`. Only with a kv_index."""
+        if "readers" not in self.cache:
+            assert self.kv_index is not None, "without kv_index each context has one reader"
+            queries = padded_length(self.q)
+            self.cache["readers"] = readers_of(self.kv_index, self.k.sequences, readers_a_chunk(queries))
+        return self.cache["readers"]
 
 
 def attention_plan(q: Packed, k: Packed, kv_index: Tensor | None = None) -> AttentionPlan:
-    """Prepare the dense backend's indices for calls whose queries have layout `q` and contexts layout `k`.
+    """What calls share whose queries have layout `q` and contexts layout `k`.
 
     q, k: Packed (rows are not read); kv_index int [S_q] or None. Raises ValueError if S_q and S_k differ without one.
     """
@@ -85,33 +82,87 @@ def attention_plan(q: Packed, k: Packed, kv_index: Tensor | None = None) -> Atte
             f"without kv_index each query sequence needs its own context; got {q.sequences} query and "
             f"{k.sequences} key sequences."
         )
-    apart = kv_index is None and k.lengths is not None and q.lengths is not None
-    device = q.offsets.device
-    cuts = segments_of(q.lengths, q.sequences)
-    whole = len(cuts) == 1
-    segments = []
-    for a, b in cuts:
-        q_part = q if whole else q.part(a, b)
-        k_part, bias, alive = None, None, None
-        if apart:
-            k_part = k if whole else k.part(a, b)
-        keys = k_part if k_part is not None else k
-        if keys.sequences and equal_length(keys) is None and padded_length(keys):
-            valid = pad_index(keys)[1]
-            if k_part is None:
-                valid = valid[a:b] if kv_index is None else valid.index_select(0, kv_index.long()[a:b])
-            filled = valid[:, 0]  # slot 0 is open even in an empty context: softmax stays finite, `alive` hides it
-            valid = torch.cat([torch.ones_like(valid[:, :1]), valid[:, 1:]], 1)
-            bias = torch.zeros(valid.shape, device=device).masked_fill(~valid, -math.inf)[:, None, None]
-            if may_be_empty(keys):
-                alive = filled[:, None, None, None]
-        segments.append(Segment(a, b, q_part, k_part, bias, alive))
-    return AttentionPlan(q, k, kv_index, tuple(segments))
+    return AttentionPlan(q, k, kv_index)
+
+
+# ---- who reads a context --------------------------------------------------------------------------------------------
+
+
+def readers_a_chunk(max_q: int) -> int:
+    """How many query sequences one program of a backward walks: about 32 tiles of 64 rows, whoever reads whom."""
+    return min(32, max(4, 32 // max(1, -(-max_q // 64))))
+
+
+def reader_sizes(readers: int, contexts: int, a_chunk: int) -> tuple[int, int]:
+    """(chunks, slots) that hold any index: a context has one chunk, and one more for each a_chunk readers."""
+    return contexts + readers // a_chunk, readers // a_chunk
+
+
+def readers_of(kv_index: Tensor, contexts: int, a_chunk: int) -> Tensor:
+    """The readers of each context in chunks of at most `a_chunk`, int32, made on the device without waiting for it.
+
+    A context that many sequences read (a hub) has several chunks, so that no program walks long. One tensor, since an
+    op takes tensors alone:
+        chunks [C, 4]   context (-1: no chunk), place of its first reader in `order`, readers, slot of its partial sums
+                        (-1: the first chunk of a context, which needs none)
+        slots [P, 4]    context whose partial sums begin here (or 0), how many there are (0: none begin here), 0, 0
+        order [S_q]     query sequences by context, in each by number: sums have a fixed order
+    """
+    index = kv_index.long()
+    C, P = reader_sizes(len(index), contexts, a_chunk)
+    device = index.device
+    by_context, order = torch.sort(index, stable=True)
+    first = torch.searchsorted(by_context, torch.arange(contexts + 1, device=device))
+    readers = first[1:] - first[:-1]
+    chunks_of = ((readers + a_chunk - 1) // a_chunk).clamp(min=1)
+    chunk_ends = chunks_of.cumsum(0)
+    slot_ends = chunk_ends - torch.arange(1, contexts + 1, device=device)  # a slot for every chunk but the first
+
+    chunk = torch.arange(C, device=device)
+    context = torch.searchsorted(chunk_ends, chunk, right=True)
+    real, c = context < contexts, context.clamp(max=max(contexts - 1, 0))
+    nth = chunk - (chunk_ends - chunks_of)[c]
+    count = (readers[c] - nth * a_chunk).clamp(0, a_chunk) * real
+    slot = torch.where(real & (nth > 0), (slot_ends - chunks_of)[c] + nth, -1)
+    chunks = torch.stack([torch.where(real, context, -1), first[c] + nth * a_chunk, count, slot], 1)
+
+    place = torch.arange(P, device=device)
+    context = torch.searchsorted(slot_ends, place, right=True)
+    real, c = context < contexts, context.clamp(max=max(contexts - 1, 0))
+    begins = real & (place == (slot_ends - chunks_of)[c] + 1)
+    nothing = torch.zeros_like(place)
+    slots = torch.stack([c * begins, (chunks_of[c] - 1) * begins, nothing, nothing], 1)
+    return torch.cat([chunks.flatten(), slots.flatten(), order]).int()
 
 
 def _zeros_of(q: Tensor) -> Tensor:
     """Zeros that still belong to the graph (gradient zero), even where q is not finite."""
     return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
+
+
+# ---- triton and libraries -------------------------------------------------------------------------------------------
+
+
+def _refuse_triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
+    if not 16 <= q.shape[-1] <= 128:
+        return f"takes heads of 16 to 128 values; got {q.shape[-1]}"
+    longest = max(padded_length(plan.q), padded_length(plan.k))
+    if longest > 1024:
+        return f"takes sequences of at most 1024 rows; got {longest}"
+    return triton_support.refuse(q, k, v, plan.q.offsets, plan.k.offsets)
+
+
+@ATTENTION.register(
+    "triton", "short contexts held whole, hubs in chunks, tails included", _refuse_triton, unasked_triton
+)
+def _triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    from .attention_triton import ragged_attention
+
+    return ragged_attention(q, k, v, plan)
+
+
+ATTENTION.register("varlen", "torch's attention of packed sequences", refuse_varlen)(varlen)
+ATTENTION.register("xformers", "memory-efficient attention of packed sequences", refuse_xformers)(xformers)
 
 
 # ---- reference ------------------------------------------------------------------------------------------------------
@@ -136,6 +187,53 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
 
 # ---- dense ----------------------------------------------------------------------------------------------------------
+
+
+def segments_of(lengths: Sequence[int] | None, sequences: int) -> list[tuple[int, int]]:
+    """Cut the query sequences where a long run of equal length begins or ends: such a run needs no padding."""
+    if lengths is None or not sequences:
+        return [(0, sequences)]
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for s in range(1, sequences + 1):
+        if s == sequences or lengths[s] != lengths[start]:
+            runs.append((start, s))
+            start = s
+    long = max(4, sequences // 8)
+    merged: list[tuple[int, int, bool]] = []
+    for a, b in runs:
+        short = b - a < long
+        if merged and short and merged[-1][2]:
+            merged[-1] = (merged[-1][0], b, True)
+        else:
+            merged.append((a, b, short))
+    return [(a, b) for a, b, _ in merged]
+
+
+def _segments(plan: AttentionPlan) -> tuple[Segment, ...]:
+    q, k, kv_index = plan.q, plan.k, plan.kv_index
+    apart = kv_index is None and k.lengths is not None and q.lengths is not None
+    device = q.offsets.device
+    cuts = segments_of(q.lengths, q.sequences)
+    whole = len(cuts) == 1
+    segments = []
+    for a, b in cuts:
+        q_part = q if whole else q.part(a, b)
+        k_part, bias, alive = None, None, None
+        if apart:
+            k_part = k if whole else k.part(a, b)
+        keys = k_part if k_part is not None else k
+        if keys.sequences and equal_length(keys) is None and padded_length(keys):
+            valid = pad_index(keys)[1]
+            if k_part is None:
+                valid = valid[a:b] if kv_index is None else valid.index_select(0, kv_index.long()[a:b])
+            filled = valid[:, 0]  # slot 0 is open even in an empty context: softmax stays finite, `alive` hides it
+            valid = torch.cat([torch.ones_like(valid[:, :1]), valid[:, 1:]], 1)
+            bias = torch.zeros(valid.shape, device=device).masked_fill(~valid, -math.inf)[:, None, None]
+            if may_be_empty(keys):
+                alive = filled[:, None, None, None]
+        segments.append(Segment(a, b, q_part, k_part, bias, alive))
+    return tuple(segments)
 
 
 class _Take(torch.autograd.Function):
