@@ -3,8 +3,8 @@
 varlen     torch.nn.attention.varlen.varlen_attn: FlashAttention, or cuDNN, as torch chooses
 xformers   xformers.ops.memory_efficient_attention under a BlockDiagonalMask; an optional package
 
-Limits   a GPU, bfloat16 or float16; no kv_index (contexts would have to be copied); no sequence that may be empty, since
-         what the libraries write there is nowhere promised. They leave the tails of packed buffers as they find them, so
+Limits   a GPU, bfloat16 or float16; no kv_index (contexts would have to be copied); no sequence that may be empty: what
+         the libraries write there is nowhere promised. They leave the tails of packed buffers as they find them, so
          tails are made zero here, forward and backward: one pass more where there is a tail.
 Exact    float32 accumulation. Their backward may add with float atomics: repeatable bit for bit only under
          torch.use_deterministic_algorithms(True).
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -174,10 +175,8 @@ def refuse_xformers(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str
 
 
 def _xformers_parts() -> tuple[Callable[..., Tensor], Callable[..., Any]]:
-    from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-    return memory_efficient_attention, BlockDiagonalMask.from_seqlens
+    biases = import_module("xformers.ops.fmha.attn_bias")  # by name: nothing here needs it to be there
+    return import_module("xformers.ops").memory_efficient_attention, biases.BlockDiagonalMask.from_seqlens
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:

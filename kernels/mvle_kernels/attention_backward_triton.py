@@ -1,0 +1,405 @@
+"""Ragged attention, backward: a context and its readers, one head, in one program.
+
+Math     attention.py has it. With p = 2^(t - lse) as in the forward, dO the gradient of O, delta = rowsum(dO O):
+         dV = p^T dO;  ds = p (dO V^T - delta);  dQ = ds K / sqrt(E);  dK = ds^T Q / sqrt(E), summed over the readers.
+         A program takes a chunk of a context's readers (attention.py, `readers_of`): K and V once, then the tiles of
+         all its queries; dK and dV stay in registers, dQ goes out at once. It works on t^T [keys, queries], so that
+         products have keys as rows. The first chunk of a context writes dK and dV; others (of hubs) write float32
+         parts, which `add_parts_kernel` adds. A context too long to be held whole goes to one program for each block of
+         its keys, and dQ to a kernel of its own (`query_gradient_kernel`): two launches in the place of one.
+Cost     reads s E (3 q + 2 k), writes s E (q + 2 k) a head and sequence (s: bytes of the dtype); 8 q k E operations, and
+         2 q k E more to make t again. Floor of base at 256 pairs, bfloat16: 197x14 321 MB, 77x77 243 MB, 197x197 620 MB.
+Exact    as the forward; p and ds are rounded to the dtype before products. Readers in the order of `readers_of`, parts in
+         the order of chunks: bitwise repeatable. A hub's first part is rounded to the dtype before others are added.
+Limits   as the forward.
+Measured not yet measured on a GPU
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention import reader_sizes, readers_a_chunk
+from .attention_triton import FILL, LOG2_E, fillers, load_rows, meetings, shapes, strides, zero_tail
+from .launches import architecture, config
+from .recipes import RECIPES
+from .triton_support import allocate, define, dot_dtype, launch, power_of_2
+
+# ---- launch choice --------------------------------------------------------------------------------------------------
+
+
+def rule(max_q: int, max_k: int, head: int, arch: str, dtype: torch.dtype) -> dict[str, int]:
+    """The sums of a context lie in registers: 2 BLOCK_K BLOCK_E float32 over all threads, beside two tiles of t."""
+    block_e, keys = power_of_2(head, 16), power_of_2(max_k, 16)
+    room = 128 * 64 if dtype == torch.float32 else 256 * 64
+    block_k = keys if keys * block_e <= room else max(16, room // (2 * block_e))
+    block_q = min(32 if block_k * block_e > 128 * 32 else 64, power_of_2(max_q, 16))
+    warps = 8 if block_k * block_e > 128 * 64 else 4 if block_k * block_q > 16 * 64 else 2
+    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 1}
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_rows(x, first, row, length, e, values, H: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr):
+    """values [row, e] to rows first + row of one head of x [rows, H, E], which is dense; first: int64."""
+    place = (first + row)[:, None] * (H * E) + e[None, :]
+    mask = (row < length)[:, None]
+    if not EVEN:
+        mask = mask & (e < E)[None, :]
+    tl.store(x + place, values.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["chunks", "parts", "blocks", "fill", "sequences", "contexts", "q_rows", "k_rows", "max_k"])
+def attention_backward_kernel(
+    # inputs
+    q,
+    k,
+    v,
+    out,
+    gradient,
+    lse,
+    q_offsets,
+    k_offsets,
+    chunk_table,  # and order: or anything, if not INDEXED
+    order,
+    # outputs
+    dq,
+    dk,
+    dv,
+    part_k,
+    part_v,
+    # sizes
+    chunks,
+    blocks,  # of keys, of the longest context
+    fill,  # programs that zero tails
+    sequences,
+    contexts,
+    q_rows,
+    k_rows,
+    max_k,
+    # strides
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_gt,
+    stride_gh,
+    # scalars
+    scale,
+    scale_2,  # times log2(e)
+    # compile-time
+    H: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    INDEXED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DOT: tl.constexpr,
+    FILL: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One block of keys of one head of one context against one chunk of its readers; the last programs zero tails."""
+    program = tl.program_id(0)
+    work = chunks * H * blocks
+    if program >= work:
+        q_tail, k_tail = tl.load(q_offsets + sequences), tl.load(k_offsets + contexts)
+        zero_tail(dq, q_tail, q_rows, H * E, program - work, fill, FILL)
+        zero_tail(dk, k_tail, k_rows, H * E, program - work, fill, FILL)
+        zero_tail(dv, k_tail, k_rows, H * E, program - work, fill, FILL)
+        return
+    head, block, chunk = (program % H).to(tl.int64), (program // H) % blocks, program // (H * blocks)
+    context, first, count, slot = chunk, chunk, 1, -1
+    if INDEXED:
+        context, first = tl.load(chunk_table + chunk * 4), tl.load(chunk_table + chunk * 4 + 1)
+        count, slot = tl.load(chunk_table + chunk * 4 + 2), tl.load(chunk_table + chunk * 4 + 3)
+    if context < 0:
+        return
+    k_first = tl.load(k_offsets + context)
+    k_length = tl.load(k_offsets + context + 1) - k_first
+    if not WHOLE:
+        if block * BLOCK_K >= k_length:
+            return
+
+    e = tl.arange(0, BLOCK_E)
+    EVEN: tl.constexpr = E == BLOCK_E
+    key = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    keys = load_rows(k + head * stride_kh, stride_kt, k_first, key, k_length, e, E, EVEN, DOT)
+    values = load_rows(v + head * stride_vh, stride_vt, k_first, key, k_length, e, E, EVEN, DOT)
+    sum_k = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
+    sum_v = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
+    for reader in range(first, first + count):
+        s = reader
+        if INDEXED:
+            s = tl.load(order + reader)
+        q_first = tl.load(q_offsets + s).to(tl.int64)
+        q_length = (tl.load(q_offsets + s + 1) - q_first).to(tl.int32)
+        for start in range(0, q_length, BLOCK_Q):
+            row = start + tl.arange(0, BLOCK_Q)
+            queries = load_rows(q + head * stride_qh, stride_qt, q_first, row, q_length, e, E, EVEN, DOT)
+            slope = load_rows(gradient + head * stride_gh, stride_gt, q_first, row, q_length, e, E, EVEN, DOT)
+            result = load_rows(out + head * E, H * E, q_first, row, q_length, e, E, EVEN, DOT)
+            delta = tl.sum(slope.to(tl.float32) * result.to(tl.float32), 1)
+            lse_row = tl.load(lse + head * q_rows + q_first + row, mask=row < q_length, other=0)
+
+            t = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale_2
+            real = (key < k_length)[:, None]
+            p = tl.where(real, tl.exp2(t - lse_row[None, :]), 0.0)
+            sum_v += tl.dot(p.to(DOT), slope, input_precision="ieee")
+            dp = tl.dot(values, tl.trans(slope), input_precision="ieee")
+            ds = tl.where(real, p * (dp - delta[None, :]), 0.0).to(DOT)  # again: 0 times infinity is not a number
+            sum_k += tl.dot(ds, queries, input_precision="ieee")
+            if WHOLE:
+                dq_rows = tl.dot(tl.trans(ds), keys, input_precision="ieee") * scale
+                store_rows(dq + head * E, q_first, row, q_length, e, dq_rows, H, E, EVEN)
+
+    if slot < 0:
+        at = k_first.to(tl.int64)
+        store_rows(dk + head * E, at, key, k_length, e, sum_k * scale, H, E, EVEN)
+        store_rows(dv + head * E, at, key, k_length, e, sum_v, H, E, EVEN)
+    else:
+        at = slot.to(tl.int64) * max_k
+        store_rows(part_k + head * E, at, key, k_length, e, sum_k * scale, H, E, EVEN)
+        store_rows(part_v + head * E, at, key, k_length, e, sum_v, H, E, EVEN)
+
+
+@triton.jit(do_not_specialize=["q_rows", "tiles"])
+def query_gradient_kernel(
+    # inputs
+    q,
+    k,
+    v,
+    out,
+    gradient,
+    lse,
+    q_offsets,
+    k_offsets,
+    kv_index,  # or anything, if not INDEXED
+    # outputs
+    dq,
+    # sizes
+    q_rows,
+    tiles,  # of queries, of the longest sequence
+    # strides
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_gt,
+    stride_gh,
+    # scalars
+    scale,
+    scale_2,
+    # compile-time
+    H: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    INDEXED: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dQ of one tile of one head of one query sequence, over the blocks of a long context."""
+    program = tl.program_id(0)
+    tile, head, s = program % tiles, ((program // tiles) % H).to(tl.int64), program // (tiles * H)
+    q_first = tl.load(q_offsets + s).to(tl.int64)
+    q_length = (tl.load(q_offsets + s + 1) - q_first).to(tl.int32)
+    if tile * BLOCK_Q >= q_length:
+        return
+    context = s
+    if INDEXED:
+        context = tl.load(kv_index + s)
+    k_first = tl.load(k_offsets + context)
+    k_length = tl.load(k_offsets + context + 1) - k_first
+
+    row, e = tile * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E)
+    EVEN: tl.constexpr = E == BLOCK_E
+    queries = load_rows(q + head * stride_qh, stride_qt, q_first, row, q_length, e, E, EVEN, DOT)
+    slope = load_rows(gradient + head * stride_gh, stride_gt, q_first, row, q_length, e, E, EVEN, DOT)
+    result = load_rows(out + head * E, H * E, q_first, row, q_length, e, E, EVEN, DOT)
+    delta = tl.sum(slope.to(tl.float32) * result.to(tl.float32), 1)
+    lse_row = tl.load(lse + head * q_rows + q_first + row, mask=row < q_length, other=0)
+    total = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
+    for start in range(0, k_length, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        keys = load_rows(k + head * stride_kh, stride_kt, k_first, key, k_length, e, E, EVEN, DOT)
+        values = load_rows(v + head * stride_vh, stride_vt, k_first, key, k_length, e, E, EVEN, DOT)
+        t = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale_2
+        real = (key < k_length)[None, :]
+        p = tl.where(real, tl.exp2(t - lse_row[:, None]), 0.0)
+        dp = tl.dot(slope, tl.trans(values), input_precision="ieee")
+        ds = tl.where(real, p * (dp - delta[:, None]), 0.0).to(DOT)
+        total += tl.dot(ds, keys, input_precision="ieee")
+    store_rows(dq + head * E, q_first, row, q_length, e, total * scale, H, E, EVEN)
+
+
+@triton.jit(do_not_specialize=["max_k"])
+def add_parts_kernel(
+    # inputs
+    slots,
+    k_offsets,
+    part_k,
+    part_v,
+    # in and out
+    dk,
+    dv,
+    # sizes
+    max_k,
+    # compile-time
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """To a hub's dK and dV the parts of its further chunks, in order: 8 blocks of values after one another."""
+    slot = tl.program_id(0)
+    count = tl.load(slots + slot * 4 + 1)
+    if count == 0:
+        return
+    context = tl.load(slots + slot * 4)
+    first = tl.load(k_offsets + context).to(tl.int64)
+    size = (tl.load(k_offsets + context + 1) - first) * WIDTH
+    for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+        x = start + tl.arange(0, BLOCK)
+        mask = x < size
+        sum_k = tl.load(dk + first * WIDTH + x, mask=mask, other=0).to(tl.float32)
+        sum_v = tl.load(dv + first * WIDTH + x, mask=mask, other=0).to(tl.float32)
+        for part in range(0, count):
+            at = (slot + part).to(tl.int64) * max_k * WIDTH + x
+            sum_k += tl.load(part_k + at, mask=mask, other=0)
+            sum_v += tl.load(part_v + at, mask=mask, other=0)
+        tl.store(dk + first * WIDTH + x, sum_k.to(dk.dtype.element_ty), mask=mask)
+        tl.store(dv + first * WIDTH + x, sum_v.to(dv.dtype.element_ty), mask=mask)
+
+
+# ---- launcher -------------------------------------------------------------------------------------------------------
+
+
+def backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    kv_index: Tensor | None,
+    readers: Tensor | None,
+    max_q: int,
+    max_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq [T_q, H, E], dk and dv [T_k, H, E])."""
+    (T, H, E), device = q.shape, q.device
+    sequences, contexts = q_offsets.numel() - 1, k_offsets.numel() - 1
+    dq, dk, dv = (allocate(x.shape, q.dtype, device) for x in (q, k, v))
+    chunks, parts, chunk_table, slots, order = contexts, 0, k_offsets, k_offsets, k_offsets
+    if readers is not None:
+        chunks, parts = reader_sizes(sequences, contexts, readers_a_chunk(max_q))
+        chunk_table, slots, order = readers.split([4 * chunks, 4 * parts, sequences])
+    part_k, part_v = (allocate((parts, max_k, H, E), torch.float32, device) for _ in range(2))
+    bucket = {"q": power_of_2(max_q, 16), "k": power_of_2(max_k, 16), "e": power_of_2(E, 16)}
+    fallback = rule(max_q, max_k, E, architecture(device), q.dtype)
+    chosen: Mapping[str, int] = config("attention_backward", device, q.dtype, bucket, fallback)
+    blocks, fill = -(-max_k // chosen["BLOCK_K"]), fillers(max(q.numel(), k.numel()))
+    inputs = {"q": q, "k": k, "v": v, "out": out, "gradient": gradient, "lse": lse}
+    shared: dict[str, Any] = {
+        **inputs,
+        "q_offsets": q_offsets,
+        "k_offsets": k_offsets,
+        "dq": dq,
+        "q_rows": T,
+        **strides(q=q, k=k, v=v, g=gradient),
+        "scale": 1 / math.sqrt(E),
+        "scale_2": LOG2_E / math.sqrt(E),
+        "H": H,
+        "E": E,
+        "BLOCK_E": bucket["e"],
+        "INDEXED": readers is not None,
+        "DOT": dot_dtype(q.dtype),
+    }
+    launch(
+        attention_backward_kernel,
+        (chunks * H * max(blocks, 1) + fill,),
+        chosen,
+        **shared,
+        chunk_table=chunk_table,
+        order=order,
+        dk=dk,
+        dv=dv,
+        part_k=part_k,
+        part_v=part_v,
+        chunks=chunks,
+        blocks=max(blocks, 1),
+        fill=fill,
+        sequences=sequences,
+        contexts=contexts,
+        k_rows=k.shape[0],
+        max_k=max_k,
+        WHOLE=blocks <= 1,
+        FILL=FILL,
+    )
+    if blocks > 1:
+        tiles = -(-max_q // chosen["BLOCK_Q"])
+        index = k_offsets if kv_index is None else kv_index
+        launch(query_gradient_kernel, (sequences * H * tiles,), chosen, **shared, kv_index=index, tiles=tiles)
+    if parts:
+        spread = -(-max_k * H * E // (8 * FILL))
+        ends = {"slots": slots, "k_offsets": k_offsets}
+        sums = {"part_k": part_k, "part_v": part_v, "dk": dk, "dv": dv}
+        launch(add_parts_kernel, (parts, spread), {}, **ends, **sums, max_k=max_k, WIDTH=H * E, BLOCK=FILL)
+    return dq, dk, dv
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+
+def _fake(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _flops(gradient: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, q_offsets: Any, *others: Any) -> int:
+    """Four products. A fifth makes the softmax again: no step needs it, so it does not count."""
+    H, E = q.shape[1:]
+    return 8 * H * E * meetings(q, k, q_offsets, others[1] is not None, *others[-2:])
+
+
+attention_backward = define(
+    "ragged_attention_backward",
+    "(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor q_offsets, Tensor k_offsets, "
+    "Tensor? kv_index, Tensor? readers, SymInt max_q, SymInt max_k) -> (Tensor, Tensor, Tensor)",
+    backward,
+    _fake,
+    flops=_flops,
+)
+
+
+# ---- what base and large launch -------------------------------------------------------------------------------------
+
+
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call over tensors without memory) of each launch that is held by the regression check."""
+    for name, recipe in RECIPES.items():
+        for shape, (a, b, indexed) in shapes(recipe.patches, recipe.caption).items():
+            rows = {n: torch.empty(recipe.pairs * n, recipe.width, dtype=torch.bfloat16, device="meta") for n in (a, b)}
+            q, k = (rows[n].unflatten(1, (recipe.heads, recipe.head)) for n in (a, b))
+            lse = torch.empty(recipe.heads, len(q), device="meta")
+            ends = torch.empty(recipe.pairs + 1, dtype=torch.int32, device="meta")
+            index = torch.empty(recipe.pairs, dtype=torch.int32, device="meta") if indexed else None
+            readers = None
+            if indexed:
+                chunks, parts = reader_sizes(recipe.pairs, recipe.pairs, readers_a_chunk(a))
+                readers = torch.empty(4 * (chunks + parts) + recipe.pairs, dtype=torch.int32, device="meta")
+            call = partial(backward, q, q, k, k, q, lse, ends, ends, index, readers, a, b)
+            yield f"{name}, {shape}", call

@@ -1,0 +1,317 @@
+"""Ragged attention, forward: a tile of queries of one head against its whole context.
+
+Math     attention.py has it. A program takes BLOCK_Q rows of one query sequence and one head:
+         t = Q K^T log2(e) / sqrt(E); m = max t; p = 2^(t - m); l = sum p; O = p V / l; lse = m + log2(l), base 2, which
+         is all that a backward needs of the softmax. A context of up to 256 rows is one block, so the softmax is one
+         pass; a longer one comes block by block, and m, l and O are corrected as m grows.
+Cost     reads s E (q + k + k) bytes a head and sequence (s: bytes of the dtype), K and V once more for each further
+         tile of queries, writes s E q + 4 q; 4 q k E operations. Floor of base at 256 pairs, bfloat16, 12 heads of 64:
+         197x14 168 MB, 77x77 122 MB, 197x197 312 MB moved; libraries work in tiles of 128 and more, of which 14 fill a
+         tenth.
+Exact    float32 but for the products of bfloat16 and float16; no atomics: bitwise repeatable. The weights p are rounded
+         to the dtype before they meet V, l is not.
+Limits   heads of 16 to 128 values; up to 1024 rows a sequence; last dimensions contiguous.
+Measured not yet measured on a GPU
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launches import architecture, config
+from .layout import padded_length
+from .recipes import RECIPES
+from .triton_support import allocate, define, dot_dtype, launch, power_of_2
+
+if TYPE_CHECKING:
+    from .attention import AttentionPlan
+
+LOG2_E = math.log2(math.e)
+FILL = 1024  # elements of a tail that a program zeroes at a time
+
+
+# ---- launch choice --------------------------------------------------------------------------------------------------
+
+
+def rule(max_q: int, max_k: int, head: int, arch: str, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles that the lengths fill; a whole context where one block of it fits beside a tile of queries."""
+    block_e, keys = power_of_2(head, 16), power_of_2(max_k, 16)
+    wide = block_e > 64 or dtype == torch.float32 or arch.startswith(("sm_8", "sm_12"))
+    block_k = keys if keys <= (128 if wide else 256) else 128 if block_e <= 64 and dtype != torch.float32 else 64
+    block_q = min(64, power_of_2(max_q, 16))
+    warps = 2 if block_q * block_k <= 16 * 64 else 4
+    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2 if block_k < keys else 1}
+
+
+def fillers(elements: int) -> int:
+    """Programs that zero tails, whose length only the device may know: each for 8 blocks, if all were tail."""
+    return min(64, -(-elements // (8 * FILL)))
+
+
+# ---- kernel ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def zero_tail(x, first, rows, width, program, programs, FILL: tl.constexpr):
+    """Zero rows first .. rows of x [rows, width], which is dense: one program's share of it."""
+    end = rows.to(tl.int64) * width
+    for at in range(first.to(tl.int64) * width + program * FILL, end, programs * FILL):
+        place = at + tl.arange(0, FILL)
+        tl.store(x + place, tl.zeros([FILL], x.dtype.element_ty), mask=place < end)
+
+
+@triton.jit
+def load_rows(x, stride, first, row, length, e, E: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr):
+    """Rows first + row of one head [row, e], for products; zeros from row `length` on and from value E on."""
+    place = (first + row).to(tl.int64)[:, None] * stride + e[None, :]
+    mask = (row < length)[:, None]
+    if not EVEN:
+        mask = mask & (e < E)[None, :]
+    return tl.load(x + place, mask=mask, other=0).to(DOT)
+
+
+@triton.jit(do_not_specialize=["sequences", "q_rows", "tiles", "fill"])
+def attention_kernel(
+    # inputs
+    q,
+    k,
+    v,
+    q_offsets,
+    k_offsets,
+    kv_index,  # or anything, if not INDEXED
+    # outputs
+    out,
+    lse,
+    # sizes
+    sequences,
+    q_rows,
+    tiles,  # of queries, of the longest sequence
+    fill,  # programs that zero tails
+    # strides
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    # scalars
+    scale,
+    # compile-time
+    H: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    INDEXED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DOT: tl.constexpr,
+    FILL: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of one head of one query sequence; the last programs zero the tails of out and lse."""
+    program = tl.program_id(0)
+    work = sequences * H * tiles
+    if program >= work:
+        tail = tl.load(q_offsets + sequences)
+        zero_tail(out, tail, q_rows, H * E, program - work, fill, FILL)
+        for h in range(H):
+            zero_tail(lse + h * q_rows.to(tl.int64), tail, q_rows, 1, program - work, fill, FILL)
+        return
+    tile, head, s = program % tiles, (program // tiles) % H, program // (tiles * H)
+    q_first = tl.load(q_offsets + s)
+    q_length = tl.load(q_offsets + s + 1) - q_first
+    if tile * BLOCK_Q >= q_length:
+        return
+    context = s
+    if INDEXED:
+        context = tl.load(kv_index + s)
+    k_first = tl.load(k_offsets + context)
+    k_length = tl.load(k_offsets + context + 1) - k_first
+
+    row, e = tile * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E)
+    EVEN: tl.constexpr = E == BLOCK_E
+    head = head.to(tl.int64)
+    queries = load_rows(q + head * stride_qh, stride_qt, q_first, row, q_length, e, E, EVEN, DOT)
+    k += head * stride_kh
+    v += head * stride_vh
+
+    if WHOLE:
+        key = tl.arange(0, BLOCK_K)
+        keys = load_rows(k, stride_kt, k_first, key, k_length, e, E, EVEN, DOT)
+        values = load_rows(v, stride_vt, k_first, key, k_length, e, E, EVEN, DOT)
+        t = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        t = tl.where((key < k_length)[None, :], t, float("-inf"))
+        m = tl.max(t, 1)
+        m = tl.where(m == float("-inf"), 0.0, m)  # an empty context: p = 2^-inf = 0
+        p = tl.exp2(t - m[:, None])
+        l = tl.sum(p, 1)  # noqa: E741
+        o = tl.dot(p.to(DOT), values, input_precision="ieee")
+    else:
+        m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_Q], tl.float32)  # noqa: E741
+        o = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
+        for start in range(0, k_length, BLOCK_K):
+            key = start + tl.arange(0, BLOCK_K)
+            keys = load_rows(k, stride_kt, k_first, key, k_length, e, E, EVEN, DOT)
+            values = load_rows(v, stride_vt, k_first, key, k_length, e, E, EVEN, DOT)
+            t = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            t = tl.where((key < k_length)[None, :], t, float("-inf"))
+            highest = tl.maximum(m, tl.max(t, 1))
+            finite = tl.where(highest == float("-inf"), 0.0, highest)
+            p = tl.exp2(t - finite[:, None])
+            shrink = tl.exp2(m - finite)
+            l = l * shrink + tl.sum(p, 1)  # noqa: E741
+            o = o * shrink[:, None] + tl.dot(p.to(DOT), values, input_precision="ieee")
+            m = highest
+        m = tl.where(m == float("-inf"), 0.0, m)
+
+    l = tl.where(l == 0.0, 1.0, l)  # noqa: E741  only an empty context has none
+    place = (q_first + row).to(tl.int64)
+    mask = (row < q_length)[:, None]
+    if not EVEN:
+        mask = mask & (e < E)[None, :]
+    o = (o / l[:, None]).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] * (H * E) + head * E + e[None, :], o, mask=mask)
+    tl.store(lse + head * q_rows + place, m + tl.log2(l), mask=row < q_length)
+
+
+# ---- launcher -------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    kv_index: Tensor | None,
+    readers: Tensor | None,
+    max_q: int,
+    max_k: int,
+) -> tuple[Tensor, Tensor]:
+    """(out [T_q, H, E], lse float32 [H, T_q]). readers: kept for the backward."""
+    T, H, E = q.shape
+    out, lse = allocate((T, H, E), q.dtype, q.device), allocate((H, T), torch.float32, q.device)
+    bucket = {"q": power_of_2(max_q, 16), "k": power_of_2(max_k, 16), "e": power_of_2(E, 16)}
+    fallback = rule(max_q, max_k, E, architecture(q.device), q.dtype)
+    chosen: Mapping[str, int] = config("attention_forward", q.device, q.dtype, bucket, fallback)
+    sequences, tiles, fill = q_offsets.numel() - 1, -(-max_q // chosen["BLOCK_Q"]), fillers(q.numel())
+    launch(
+        attention_kernel,
+        (sequences * H * tiles + fill,),
+        chosen,
+        q=q,
+        k=k,
+        v=v,
+        q_offsets=q_offsets,
+        k_offsets=k_offsets,
+        kv_index=k_offsets if kv_index is None else kv_index,
+        out=out,
+        lse=lse,
+        sequences=sequences,
+        q_rows=T,
+        tiles=tiles,
+        fill=fill,
+        **strides(q=q, k=k, v=v),
+        scale=LOG2_E / math.sqrt(E),
+        H=H,
+        E=E,
+        BLOCK_E=bucket["e"],
+        INDEXED=kv_index is not None,
+        WHOLE=chosen["BLOCK_K"] >= max_k,
+        DOT=dot_dtype(q.dtype),
+        FILL=FILL,
+    )
+    return out, lse
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """stride_qt and stride_qh of q=q, and so on: of rows and of heads."""
+    return {f"stride_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("th")}
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.max_q, ctx.max_k = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    from .attention_backward_triton import attention_backward  # here, since that file builds upon this one
+
+    q, k, v, q_offsets, k_offsets, kv_index, readers, out, lse = ctx.saved_tensors
+    assert kv_index is None or readers is not None, "a backward with kv_index needs to know who reads what"
+    if gradient.stride(-1) != 1:
+        gradient = gradient.contiguous()
+    tensors = gradient, q, k, v, out, lse, q_offsets, k_offsets, kv_index, readers
+    return *attention_backward(*tensors, ctx.max_q, ctx.max_k), *[None] * 6
+
+
+def meetings(q: Tensor, k: Tensor, q_offsets: Tensor, indexed: bool, max_q: int, max_k: int) -> int:
+    """Pairs of a query and a key, as far as shapes tell: exact where all lengths are equal, else a bound."""
+    bounds = [q.shape[0] * max_k, (q_offsets.shape[0] - 1) * max_q * max_k]
+    return min(bounds if indexed else [*bounds, k.shape[0] * max_q])
+
+
+def _flops(q: Any, k: Any, v: Any, q_offsets: Any, k_offsets: Any, kv_index: Any, readers: Any, *caps: int) -> int:
+    """Two products; a formula sees shapes alone, so lengths count as `meetings` bounds them."""
+    H, E = q.shape[1:]
+    return 4 * H * E * meetings(q, k, q_offsets, kv_index is not None, *caps)
+
+
+attention = define(
+    "ragged_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_offsets, Tensor? kv_index, Tensor? readers, "
+    "SymInt max_q, SymInt max_k) -> (Tensor, Tensor)",
+    forward,
+    _fake,
+    setup=_setup,
+    backward=_backward,
+    flops=_flops,
+)
+
+
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """The backend: as attention.py asks for it."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    readers = None
+    if plan.kv_index is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        readers = plan.readers
+    caps = padded_length(plan.q), padded_length(plan.k)
+    return attention(q, k, v, plan.q.offsets, plan.k.offsets, plan.kv_index, readers, *caps)[0]
+
+
+# ---- what base and large launch -------------------------------------------------------------------------------------
+
+
+def shapes(patches: int, tokens: int) -> dict[str, tuple[int, int, bool]]:
+    """name -> queries, keys, whether contexts are named by an index."""
+    image, visible = patches + 1, 77
+    pairs = [(image, image), (visible, visible), (image, tokens), (tokens, image), (tokens, tokens), (1, image)]
+    pairs += [(577, 577), (577, tokens)]
+    return {f"{a}x{b}": (a, b, b in (image, tokens) and a != b) for a, b in pairs}
+
+
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call over tensors without memory) of each launch that is held by the regression check."""
+    for name, recipe in RECIPES.items():
+        for shape, (a, b, indexed) in shapes(recipe.patches, recipe.caption).items():
+            rows = {n: torch.empty(recipe.pairs * n, recipe.width, dtype=torch.bfloat16, device="meta") for n in (a, b)}
+            q, k = (rows[n].unflatten(1, (recipe.heads, recipe.head)) for n in (a, b))
+            ends = torch.empty(recipe.pairs + 1, dtype=torch.int32, device="meta")
+            index = torch.empty(recipe.pairs, dtype=torch.int32, device="meta") if indexed else None
+            yield f"{name}, {shape}", partial(forward, q, k, k, ends, ends, index, None, a, b)
