@@ -7,10 +7,11 @@ Math     attention.py has it. With p = 2^(t - lse) as in the forward, dO the gra
          products have keys as rows. The first chunk of a context writes dK and dV; others (of hubs) write float32
          parts, which `add_parts_kernel` adds. A context too long to be held whole goes to one program for each block of
          its keys, and dQ to a kernel of its own (`query_gradient_kernel`): two launches in the place of one.
-Cost     reads s E (3 q + 2 k), writes s E (q + 2 k) a head and sequence (s: bytes of the dtype); 8 q k E operations, and
-         2 q k E more to make t again. Floor of base at 256 pairs, bfloat16: 197x14 321 MB, 77x77 243 MB, 197x197 620 MB.
-Exact    as the forward; p and ds are rounded to the dtype before products. Readers in the order of `readers_of`, parts in
-         the order of chunks: bitwise repeatable. A hub's first part is rounded to the dtype before others are added.
+Cost     reads s E (3 q + 2 k), writes s E (q + 2 k) a head and sequence (s: bytes of the dtype); 8 q k E operations,
+         and 2 q k E more to make t again. Floor of base at 256 pairs, bfloat16, 12 heads of 64: 197x14 334 MB,
+         77x77 243 MB, 197x197 622 MB moved.
+Exact    as the forward; p and ds are rounded to the dtype before products. Readers in the order of `readers_of`, parts
+         in the order of chunks: bitwise repeatable. A hub's first part is rounded to the dtype before others are added.
 Limits   as the forward.
 Measured not yet measured on a GPU
 """
@@ -28,22 +29,28 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import reader_sizes, readers_a_chunk
-from .attention_triton import FILL, LOG2_E, fillers, load_rows, meetings, shapes, strides, zero_tail
+from .attention_triton import FILL, LOG2_E, cases, fillers, load_rows, meetings, older, strides, zero_tail
 from .launches import architecture, config
-from .recipes import RECIPES
 from .triton_support import allocate, define, dot_dtype, launch, power_of_2
 
 # ---- launch choice --------------------------------------------------------------------------------------------------
 
 
 def rule(max_q: int, max_k: int, head: int, arch: str, dtype: torch.dtype) -> dict[str, int]:
-    """The sums of a context lie in registers: 2 BLOCK_K BLOCK_E float32 over all threads, beside two tiles of t."""
+    """The sums of a context lie in registers, 2 BLOCK_K BLOCK_E of float32 over all threads, beside two tiles of t.
+    Chosen by what compiles without spilling them, not by time."""
     block_e, keys = power_of_2(head, 16), power_of_2(max_k, 16)
-    room = 128 * 64 if dtype == torch.float32 else 256 * 64
-    block_k = keys if keys * block_e <= room else max(16, room // (2 * block_e))
-    block_q = min(32 if block_k * block_e > 128 * 32 else 64, power_of_2(max_q, 16))
-    warps = 8 if block_k * block_e > 128 * 64 else 4 if block_k * block_q > 16 * 64 else 2
-    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 1}
+    small = dtype == torch.float32 or older(arch)
+    room = (64 if small else 256) * 64  # elements of a context that is held whole
+    whole = keys * block_e <= room
+    block_k = keys if whole else (64 if small else 128) * 64 // block_e
+    if block_k <= 32 and whole:
+        block_q, warps = (64, 4) if max_q > 32 and not small else (32, 2)
+    elif block_k * block_e <= 64 * 64:
+        block_q, warps = 32, 4
+    else:
+        block_q, warps = 32 if whole else 64, 8
+    return {"BLOCK_Q": min(block_q, power_of_2(max_q, 16)), "BLOCK_K": block_k, "num_warps": warps, "num_stages": 1}
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -59,7 +66,9 @@ def store_rows(x, first, row, length, e, values, H: tl.constexpr, E: tl.constexp
     tl.store(x + place, values.to(x.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["chunks", "parts", "blocks", "fill", "sequences", "contexts", "q_rows", "k_rows", "max_k"])
+@triton.jit(
+    do_not_specialize=["chunks", "parts", "blocks", "fill", "sequences", "contexts", "q_rows", "k_rows", "max_k"]
+)
 def attention_backward_kernel(
     # inputs
     q,
@@ -128,9 +137,8 @@ def attention_backward_kernel(
         return
     k_first = tl.load(k_offsets + context)
     k_length = tl.load(k_offsets + context + 1) - k_first
-    if not WHOLE:
-        if block * BLOCK_K >= k_length:
-            return
+    if (block > 0) & (block * BLOCK_K >= k_length):
+        return
 
     e = tl.arange(0, BLOCK_E)
     EVEN: tl.constexpr = E == BLOCK_E
@@ -169,7 +177,7 @@ def attention_backward_kernel(
         store_rows(dk + head * E, at, key, k_length, e, sum_k * scale, H, E, EVEN)
         store_rows(dv + head * E, at, key, k_length, e, sum_v, H, E, EVEN)
     else:
-        at = slot.to(tl.int64) * max_k
+        at = tl.cast(slot, tl.int64) * max_k
         store_rows(part_k + head * E, at, key, k_length, e, sum_k * scale, H, E, EVEN)
         store_rows(part_v + head * E, at, key, k_length, e, sum_v, H, E, EVEN)
 
@@ -275,7 +283,7 @@ def add_parts_kernel(
         mask = x < size
         sum_k = tl.load(dk + first * WIDTH + x, mask=mask, other=0).to(tl.float32)
         sum_v = tl.load(dv + first * WIDTH + x, mask=mask, other=0).to(tl.float32)
-        for part in range(0, count):
+        for part in range(count):
             at = (slot + part).to(tl.int64) * max_k * WIDTH + x
             sum_k += tl.load(part_k + at, mask=mask, other=0)
             sum_v += tl.load(part_v + at, mask=mask, other=0)
@@ -309,26 +317,16 @@ def backward(
         chunks, parts = reader_sizes(sequences, contexts, readers_a_chunk(max_q))
         chunk_table, slots, order = readers.split([4 * chunks, 4 * parts, sequences])
     part_k, part_v = (allocate((parts, max_k, H, E), torch.float32, device) for _ in range(2))
+    sums: dict[str, Any] = {"part_k": part_k, "part_v": part_v, "dk": dk, "dv": dv}
     bucket = {"q": power_of_2(max_q, 16), "k": power_of_2(max_k, 16), "e": power_of_2(E, 16)}
     fallback = rule(max_q, max_k, E, architecture(device), q.dtype)
     chosen: Mapping[str, int] = config("attention_backward", device, q.dtype, bucket, fallback)
     blocks, fill = -(-max_k // chosen["BLOCK_K"]), fillers(max(q.numel(), k.numel()))
-    inputs = {"q": q, "k": k, "v": v, "out": out, "gradient": gradient, "lse": lse}
-    shared: dict[str, Any] = {
-        **inputs,
-        "q_offsets": q_offsets,
-        "k_offsets": k_offsets,
-        "dq": dq,
-        "q_rows": T,
-        **strides(q=q, k=k, v=v, g=gradient),
-        "scale": 1 / math.sqrt(E),
-        "scale_2": LOG2_E / math.sqrt(E),
-        "H": H,
-        "E": E,
-        "BLOCK_E": bucket["e"],
-        "INDEXED": readers is not None,
-        "DOT": dot_dtype(q.dtype),
-    }
+    shared: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "gradient": gradient, "lse": lse, "dq": dq}
+    shared |= {"q_offsets": q_offsets, "k_offsets": k_offsets, "q_rows": T}
+    shared |= strides(q=q, k=k, v=v, g=gradient)
+    shared |= {"scale": 1 / math.sqrt(E), "scale_2": LOG2_E / math.sqrt(E), "H": H, "E": E, "BLOCK_E": bucket["e"]}
+    shared |= {"INDEXED": readers is not None, "DOT": dot_dtype(q.dtype)}
     launch(
         attention_backward_kernel,
         (chunks * H * max(blocks, 1) + fill,),
@@ -336,10 +334,7 @@ def backward(
         **shared,
         chunk_table=chunk_table,
         order=order,
-        dk=dk,
-        dv=dv,
-        part_k=part_k,
-        part_v=part_v,
+        **sums,
         chunks=chunks,
         blocks=max(blocks, 1),
         fill=fill,
@@ -356,9 +351,8 @@ def backward(
         launch(query_gradient_kernel, (sequences * H * tiles,), chosen, **shared, kv_index=index, tiles=tiles)
     if parts:
         spread = -(-max_k * H * E // (8 * FILL))
-        ends = {"slots": slots, "k_offsets": k_offsets}
-        sums = {"part_k": part_k, "part_v": part_v, "dk": dk, "dv": dv}
-        launch(add_parts_kernel, (parts, spread), {}, **ends, **sums, max_k=max_k, WIDTH=H * E, BLOCK=FILL)
+        sums |= {"slots": slots, "k_offsets": k_offsets, "max_k": max_k}
+        launch(add_parts_kernel, (parts, spread), {}, **sums, WIDTH=H * E, BLOCK=FILL)
     return dq, dk, dv
 
 
@@ -390,16 +384,9 @@ attention_backward = define(
 
 def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call over tensors without memory) of each launch that is held by the regression check."""
-    for name, recipe in RECIPES.items():
-        for shape, (a, b, indexed) in shapes(recipe.patches, recipe.caption).items():
-            rows = {n: torch.empty(recipe.pairs * n, recipe.width, dtype=torch.bfloat16, device="meta") for n in (a, b)}
-            q, k = (rows[n].unflatten(1, (recipe.heads, recipe.head)) for n in (a, b))
-            lse = torch.empty(recipe.heads, len(q), device="meta")
-            ends = torch.empty(recipe.pairs + 1, dtype=torch.int32, device="meta")
-            index = torch.empty(recipe.pairs, dtype=torch.int32, device="meta") if indexed else None
-            readers = None
-            if indexed:
-                chunks, parts = reader_sizes(recipe.pairs, recipe.pairs, readers_a_chunk(a))
-                readers = torch.empty(4 * (chunks + parts) + recipe.pairs, dtype=torch.int32, device="meta")
-            call = partial(backward, q, q, k, k, q, lse, ends, ends, index, readers, a, b)
-            yield f"{name}, {shape}", call
+    for name, q, k, ends, index, *caps in cases():
+        lse, readers = torch.empty(q.shape[1], len(q), device="meta"), None
+        if index is not None:
+            chunks, parts = reader_sizes(len(index), len(index), readers_a_chunk(caps[0]))
+            readers = torch.empty(4 * (chunks + parts) + len(index), dtype=torch.int32, device="meta")
+        yield name, partial(backward, q, q, k, k, q, lse, ends, ends, index, readers, *caps)

@@ -140,7 +140,7 @@ def refuse_varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str |
     return None
 
 
-def _varlen_attn() -> Callable[..., Tensor]:
+def _varlen_attn() -> Callable[..., Any]:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn

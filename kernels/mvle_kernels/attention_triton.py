@@ -41,13 +41,19 @@ FILL = 1024  # elements of a tail that a program zeroes at a time
 # ---- launch choice --------------------------------------------------------------------------------------------------
 
 
+def older(arch: str) -> bool:
+    """Products by warps, not by groups of four: what they need lies in registers, so tiles are smaller."""
+    return arch.startswith(("sm_8", "sm_12"))
+
+
 def rule(max_q: int, max_k: int, head: int, arch: str, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles that the lengths fill; a whole context where one block of it fits beside a tile of queries."""
+    """Tiles that the lengths fill; a whole context where one block of it fits beside a tile of queries. Chosen by what
+    compiles without spilling registers, not by time."""
     block_e, keys = power_of_2(head, 16), power_of_2(max_k, 16)
-    wide = block_e > 64 or dtype == torch.float32 or arch.startswith(("sm_8", "sm_12"))
-    block_k = keys if keys <= (128 if wide else 256) else 128 if block_e <= 64 and dtype != torch.float32 else 64
+    small = block_e > 64 or dtype == torch.float32 or older(arch)
+    block_k = keys if keys <= (128 if small else 256) else 64 if small else 128
     block_q = min(64, power_of_2(max_q, 16))
-    warps = 2 if block_q * block_k <= 16 * 64 else 4
+    warps = 2 if block_q < 64 and block_q * block_k <= 16 * 64 else 4
     return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2 if block_k < keys else 1}
 
 
@@ -298,20 +304,25 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Te
 # ---- what base and large launch -------------------------------------------------------------------------------------
 
 
-def shapes(patches: int, tokens: int) -> dict[str, tuple[int, int, bool]]:
-    """name -> queries, keys, whether contexts are named by an index."""
-    image, visible = patches + 1, 77
-    pairs = [(image, image), (visible, visible), (image, tokens), (tokens, image), (tokens, tokens), (1, image)]
-    pairs += [(577, 577), (577, tokens)]
-    return {f"{a}x{b}": (a, b, b in (image, tokens) and a != b) for a, b in pairs}
+def cases() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor | None, int, int]]:
+    """(name, q, k, offsets of both, kv_index or None, longest query, longest key) without memory. Captions come at
+    their mean and at their longest; 77 rows are those of a masked image, 577 those of one of 384 pixels."""
+    for name, recipe in RECIPES.items():
+        image, longest = recipe.patches + 1, recipe.tokens
+        pairs = [(image, image), (77, 77), (577, 577)]
+        pairs += [(n, n) for n in (recipe.caption, longest)]
+        across = [(image, n) for n in (recipe.caption, longest)] + [(n, image) for n in (recipe.caption, longest)]
+        across += [(1, image), (577, recipe.caption)]
+        ends = torch.empty(recipe.pairs + 1, dtype=torch.int32, device="meta")
+        for a, b in pairs + across:
+            q, k = (
+                torch.empty(recipe.pairs * n, recipe.heads, recipe.head, dtype=torch.bfloat16, device="meta")
+                for n in (a, b)
+            )
+            yield f"{name}, {a}x{b}", q, k, ends, ends[1:] if (a, b) in across else None, a, b
 
 
 def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call over tensors without memory) of each launch that is held by the regression check."""
-    for name, recipe in RECIPES.items():
-        for shape, (a, b, indexed) in shapes(recipe.patches, recipe.caption).items():
-            rows = {n: torch.empty(recipe.pairs * n, recipe.width, dtype=torch.bfloat16, device="meta") for n in (a, b)}
-            q, k = (rows[n].unflatten(1, (recipe.heads, recipe.head)) for n in (a, b))
-            ends = torch.empty(recipe.pairs + 1, dtype=torch.int32, device="meta")
-            index = torch.empty(recipe.pairs, dtype=torch.int32, device="meta") if indexed else None
-            yield f"{name}, {shape}", partial(forward, q, k, k, ends, ends, index, None, a, b)
+    for name, q, k, ends, index, *caps in cases():
+        yield name, partial(forward, q, k, k, ends, ends, index, None, *caps)
