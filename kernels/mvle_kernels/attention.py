@@ -4,9 +4,10 @@ Math     for query sequence s with rows Q_s [q, E] and context c = kv_index[s] (
          O_s = softmax(Q_s K_c^T / sqrt(E)) V_c.      A context of length 0 gives zeros.
 Cost     forward 4 * q * k * E FLOPs a head and pair; bytes 2 * E * (2 q + 2 k) a head in bf16. At base (E = 64)
          197 x 14 and 14 x 197 are bound by bytes, 197 x 197 by neither far: nothing here is long.
-Exact    float32 accumulation (float64 stays float64); deterministic, no float atomics; the tail of the output and of
-         each gradient is zero; a non-finite sequence does not reach another one.
-Limits   E the same for q, k, v; kv_index in 0..S_k - 1.
+Exact    float32 accumulation (float64 stays float64); the tail of the output and of each gradient is zero; a non-finite
+         sequence does not reach another one. Deterministic, no float atomics, but where a library computes: see
+         attention_libraries.py.
+Limits   E the same for q, k, v; kv_index in 0..S_k - 1. Which shapes go to which backend: attention_libraries.CHOICES.
 Measured not yet measured on a GPU
 
 Many calls of a step share their layouts: `attention_plan` prepares the index tensors once, and each block passes it.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,14 @@ def unasked_triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str 
 # ---- what both refuse -----------------------------------------------------------------------------------------------
 
 
+@cache  # a search of sys.path costs more than a short attention
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # something hides it
+        return False
+
+
 def _refuse(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     if q.device.type != "cuda":
         return f"needs a GPU; got a tensor on {q.device.type}"
@@ -135,7 +144,7 @@ def refuse_varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str |
     """Why torch's varlen attention does not take a call, or None."""
     if reason := _refuse(q, k, v, plan):
         return reason
-    if find_spec("torch.nn.attention.varlen") is None:
+    if not _installed("torch.nn.attention.varlen"):
         return "this torch has no torch.nn.attention.varlen"
     return None
 
@@ -156,16 +165,9 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 # ---- xformers -------------------------------------------------------------------------------------------------------
 
 
-def _xformers_installed() -> bool:
-    try:
-        return find_spec("xformers") is not None
-    except ImportError:  # something hides it
-        return False
-
-
 def refuse_xformers(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     """Why xformers does not take a call, or None."""
-    if not _xformers_installed():
+    if not _installed("xformers"):
         return "xformers is not installed"
     if reason := _refuse(q, k, v, plan):
         return reason

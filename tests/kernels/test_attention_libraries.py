@@ -110,8 +110,6 @@ def test_varlen_is_called_as_this_torch_wants_it() -> None:
 
 def test_what_a_library_cannot_take_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of([3, 1], [2, 5])
-    taken = refuse_varlen(*[OnGpu()] * 3, plan)
-    assert taken is None or "this torch has no" in taken
     cases = {
         "needs a GPU; got a tensor on cpu": ([torch.zeros(4, H, 64)] * 3, plan),
         "takes bfloat16 and float16; got torch.float32": ([OnGpu(torch.float32)] * 3, plan),
@@ -121,7 +119,8 @@ def test_what_a_library_cannot_take_is_refused_with_the_reason(monkeypatch: pyte
         "takes no empty sequence": ([OnGpu()] * 3, plan_of([3, 1], [2, 0])),
         "and some may be empty": ([OnGpu()] * 3, plan_of([3, 1], [2, 1], known=False)),
     }
-    monkeypatch.setattr(attention_libraries, "_xformers_installed", lambda: True)
+    monkeypatch.setattr(attention_libraries, "_installed", lambda _: True)
+    assert refuse_varlen(*[OnGpu()] * 3, plan) is None and refuse_xformers(*[OnGpu()] * 3, plan) is None
     for words, (inputs, of) in cases.items():
         for refuse in (refuse_varlen, refuse_xformers):
             assert words in str(refuse(*inputs, of))
@@ -129,8 +128,9 @@ def test_what_a_library_cannot_take_is_refused_with_the_reason(monkeypatch: pyte
     plan = attention_plan(unknown, forget_lengths(layout([2, 2])))
     monkeypatch.setattr(attention_libraries, "may_be_empty", lambda _: False)
     assert refuse_xformers(*[OnGpu()] * 3, plan) == "needs lengths on the host"
-    monkeypatch.setattr(attention_libraries, "_xformers_installed", lambda: False)
+    monkeypatch.setattr(attention_libraries, "_installed", lambda _: False)
     assert refuse_xformers(*[OnGpu()] * 3, plan) == "xformers is not installed"
+    assert refuse_varlen(*[OnGpu()] * 3, plan) == "this torch has no torch.nn.attention.varlen"
 
 
 @pytest.mark.parametrize(
