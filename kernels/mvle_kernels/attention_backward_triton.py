@@ -162,11 +162,10 @@ def attention_backward_kernel(
             lse_row = tl.load(lse + head * q_rows + q_first + row, mask=row < q_length, other=0)
 
             t = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale_2
-            real = (key < k_length)[:, None]
-            p = tl.where(real, tl.exp2(t - lse_row[None, :]), 0.0)
+            p = tl.exp2(t - lse_row[None, :])  # past the context whatever comes: those rows of sum_v are not stored
             sum_v += tl.dot(p.to(DOT), slope, input_precision="ieee")
             dp = tl.dot(values, tl.trans(slope), input_precision="ieee")
-            ds = tl.where(real, p * (dp - delta[None, :]), 0.0).to(DOT)  # again: 0 times infinity is not a number
+            ds = tl.where((key < k_length)[:, None], p * (dp - delta[None, :]), 0.0).to(DOT)
             sum_k += tl.dot(ds, queries, input_precision="ieee")
             if WHOLE:
                 dq_rows = tl.dot(tl.trans(ds), keys, input_precision="ieee") * scale
@@ -246,10 +245,9 @@ def query_gradient_kernel(
         keys = load_rows(k + head * stride_kh, stride_kt, k_first, key, k_length, e, E, EVEN, DOT)
         values = load_rows(v + head * stride_vh, stride_vt, k_first, key, k_length, e, E, EVEN, DOT)
         t = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale_2
-        real = (key < k_length)[None, :]
-        p = tl.where(real, tl.exp2(t - lse_row[:, None]), 0.0)
+        p = tl.exp2(t - lse_row[:, None])
         dp = tl.dot(slope, tl.trans(values), input_precision="ieee")
-        ds = tl.where(real, p * (dp - delta[:, None]), 0.0).to(DOT)
+        ds = tl.where((key < k_length)[None, :], p * (dp - delta[:, None]), 0.0).to(DOT)
         total += tl.dot(ds, keys, input_precision="ieee")
     store_rows(dq + head * E, q_first, row, q_length, e, total * scale, H, E, EVEN)
 

@@ -150,7 +150,8 @@ def test_scores_far_from_zero(offset: float, keys: int, monkeypatch: pytest.Monk
     out, found = gradients(attend(plan), [q, k, v], "triton")
     expected, truth = gradients(attend(plan), [x.double() for x in (q, k, v)], "reference")
     torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(found[2].double(), truth[2], rtol=1e-3, atol=1e-3)
+    for got, true in zip(found, truth, strict=True):  # that of q has sums of ds times 1000
+        torch.testing.assert_close(got.double(), true, rtol=1e-2, atol=1e-2)
 
 
 @settings(max_examples=12, deadline=None)
@@ -317,6 +318,8 @@ def test_autocast_leaves_it_what_it_is_given() -> None:
 
 @pytest.mark.parametrize("index", [None, [0, 1, 1]])
 def test_flops_are_those_of_the_products_of_equal_lengths(index: list[int] | None) -> None:
+    import mvle_kernels.attention_backward_triton  # noqa: F401  a counter knows the formulas that it finds at its start
+
     plan = plan_of([2] * 3, [5] * (2 if index else 3), index, tail=3)
     leaves = [x.requires_grad_() for x in values(plan)]
     with FlopCounterMode(display=False) as counter, use_backend("triton"):
@@ -351,3 +354,16 @@ def test_explain_says_when_it_is_taken() -> None:
     assert "triton refused: takes sequences of at most 1024 rows; got 1025" in say(16, torch.float32, 1025)
     taken = "triton chosen" if DEVICE.type == "cuda" else "triton not asked: the interpreter is for checks"
     assert taken in say(16, torch.float32, 1024)
+
+
+def test_what_base_and_large_launch_can_be_collected_without_memory() -> None:
+    from mvle_kernels import attention_backward_triton, attention_triton, launches, triton_support
+
+    for file in (attention_triton, attention_backward_triton):
+        names = [name for name, _ in file.variants()]
+        assert len(set(names)) == len(names) and {"base, 197x197", "base, 1x197", "large, 197x32"} < set(names)
+        for arch in ("sm_80", "sm_90", "sm_100"):
+            for _, call in file.variants():
+                with triton_support.captured() as started, launches.target(arch):
+                    call()
+                assert started and all(0 < n < 2**31 for one in started for n in one.grid)
