@@ -99,6 +99,12 @@ def reader_sizes(readers: int, contexts: int, a_chunk: int) -> tuple[int, int]:
     return contexts + readers // a_chunk, readers // a_chunk
 
 
+def split_readers(readers: Tensor, sequences: int, contexts: int, max_q: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(chunks, slots, order) of what `readers_of` gave for these sizes, flat."""
+    chunks, slots = reader_sizes(sequences, contexts, readers_a_chunk(max_q))
+    return readers[: 4 * chunks], readers[4 * chunks : 4 * (chunks + slots)], readers[4 * (chunks + slots) :]
+
+
 def readers_of(kv_index: Tensor, contexts: int, a_chunk: int) -> Tensor:
     """The readers of each context in chunks of at most `a_chunk`, int32, made on the device without waiting for it.
 

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import reader_sizes, readers_a_chunk
+from .attention import split_readers
 from .attention_triton import FILL, LOG2_E, cases, fillers, load_rows, meetings, older, strides, zero_tail
 from .launches import architecture, config
 from .triton_support import allocate, define, dot_dtype, launch, power_of_2
@@ -312,8 +312,8 @@ def backward(
     dq, dk, dv = (allocate(x.shape, q.dtype, device) for x in (q, k, v))
     chunks, parts, chunk_table, slots, order = contexts, 0, k_offsets, k_offsets, k_offsets
     if readers is not None:
-        chunks, parts = reader_sizes(sequences, contexts, readers_a_chunk(max_q))
-        chunk_table, slots, order = readers.split([4 * chunks, 4 * parts, sequences])
+        chunk_table, slots, order = split_readers(readers, sequences, contexts, max_q)
+        chunks, parts = len(chunk_table) // 4, len(slots) // 4
     part_k, part_v = (allocate((parts, max_k, H, E), torch.float32, device) for _ in range(2))
     sums: dict[str, Any] = {"part_k": part_k, "part_v": part_v, "dk": dk, "dv": dv}
     bucket = {"q": power_of_2(max_q, 16), "k": power_of_2(max_k, 16), "e": power_of_2(E, 16)}
@@ -382,9 +382,6 @@ attention_backward = define(
 
 def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call over tensors without memory) of each launch that is held by the regression check."""
-    for name, q, k, ends, index, *caps in cases():
-        lse, readers = torch.empty(q.shape[1], len(q), device="meta"), None
-        if index is not None:
-            chunks, parts = reader_sizes(len(index), len(index), readers_a_chunk(caps[0]))
-            readers = torch.empty(4 * (chunks + parts) + len(index), dtype=torch.int32, device="meta")
+    for name, q, k, ends, index, readers, *caps in cases():
+        lse = torch.empty(q.shape[1], len(q), device="meta")
         yield name, partial(backward, q, q, k, k, q, lse, ends, ends, index, readers, *caps)

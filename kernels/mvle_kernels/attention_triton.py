@@ -19,20 +19,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention import AttentionPlan, reader_sizes, readers_a_chunk, split_readers
 from .launches import architecture, config
 from .layout import padded_length
 from .recipes import RECIPES
 from .triton_support import allocate, define, dot_dtype, launch, power_of_2
-
-if TYPE_CHECKING:
-    from .attention import AttentionPlan
 
 LOG2_E = math.log2(math.e)
 FILL = 1024  # elements of a tail that a program zeroes at a time
@@ -93,6 +91,7 @@ def attention_kernel(
     q_offsets,
     k_offsets,
     kv_index,  # or anything, if not INDEXED
+    order,  # or anything, if not ORDERED
     # outputs
     out,
     lse,
@@ -115,6 +114,7 @@ def attention_kernel(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     INDEXED: tl.constexpr,
+    ORDERED: tl.constexpr,
     WHOLE: tl.constexpr,
     DOT: tl.constexpr,
     FILL: tl.constexpr,
@@ -131,6 +131,8 @@ def attention_kernel(
             zero_tail(lse + h * q_rows.to(tl.int64), tail, q_rows, 1, program - work, fill, FILL)
         return
     tile, head, s = program % tiles, (program // tiles) % H, program // (tiles * H)
+    if ORDERED:  # readers of one context follow one another, so that it comes out of the cache
+        s = tl.load(order + s)
     q_first = tl.load(q_offsets + s)
     q_length = tl.load(q_offsets + s + 1) - q_first
     if tile * BLOCK_Q >= q_length:
@@ -202,13 +204,16 @@ def forward(
     max_q: int,
     max_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """(out [T_q, H, E], lse float32 [H, T_q]). readers: kept for the backward."""
+    """(out [T_q, H, E], lse float32 [H, T_q]). readers: for the backward; here their order alone, if it is there."""
     T, H, E = q.shape
     out, lse = allocate((T, H, E), q.dtype, q.device), allocate((H, T), torch.float32, q.device)
     bucket = {"q": power_of_2(max_q, 16), "k": power_of_2(max_k, 16), "e": power_of_2(E, 16)}
     fallback = rule(max_q, max_k, E, architecture(q.device), q.dtype)
     chosen: Mapping[str, int] = config("attention_forward", q.device, q.dtype, bucket, fallback)
     sequences, tiles, fill = q_offsets.numel() - 1, -(-max_q // chosen["BLOCK_Q"]), fillers(q.numel())
+    order = k_offsets
+    if readers is not None:
+        order = split_readers(readers, sequences, k_offsets.numel() - 1, max_q)[2]
     launch(
         attention_kernel,
         (sequences * H * tiles + fill,),
@@ -219,6 +224,7 @@ def forward(
         q_offsets=q_offsets,
         k_offsets=k_offsets,
         kv_index=k_offsets if kv_index is None else kv_index,
+        order=order,
         out=out,
         lse=lse,
         sequences=sequences,
@@ -231,6 +237,7 @@ def forward(
         E=E,
         BLOCK_E=bucket["e"],
         INDEXED=kv_index is not None,
+        ORDERED=readers is not None,
         WHOLE=chosen["BLOCK_K"] >= max_k,
         DOT=dot_dtype(q.dtype),
         FILL=FILL,
@@ -304,9 +311,9 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Te
 # ---- what base and large launch -------------------------------------------------------------------------------------
 
 
-def cases() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor | None, int, int]]:
-    """(name, q, k, offsets of both, kv_index or None, longest query, longest key) without memory. Captions come at
-    their mean and at their longest; 77 rows are those of a masked image, 577 those of one of 384 pixels."""
+def cases() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int, int]]:
+    """(name, q, k, offsets of both, kv_index and readers or None, longest query, longest key) without memory. Captions
+    come at their mean and at their longest; 77 rows are those of a masked image, 577 those of one of 384 pixels."""
     for name, recipe in RECIPES.items():
         image, longest = recipe.patches + 1, recipe.tokens
         pairs = [(image, image), (77, 77), (577, 577)]
@@ -319,10 +326,14 @@ def cases() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor | None, int, i
                 torch.empty(recipe.pairs * n, recipe.heads, recipe.head, dtype=torch.bfloat16, device="meta")
                 for n in (a, b)
             )
-            yield f"{name}, {a}x{b}", q, k, ends, ends[1:] if (a, b) in across else None, a, b
+            index, readers = None, None
+            if (a, b) in across:
+                chunks, slots = reader_sizes(recipe.pairs, recipe.pairs, readers_a_chunk(a))
+                index, readers = ends[1:], ends.new_empty(4 * (chunks + slots) + recipe.pairs)
+            yield f"{name}, {a}x{b}", q, k, ends, index, readers, a, b
 
 
 def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call over tensors without memory) of each launch that is held by the regression check."""
-    for name, q, k, ends, index, *caps in cases():
-        yield name, partial(forward, q, k, k, ends, ends, index, None, *caps)
+    for name, q, k, ends, index, readers, *caps in cases():
+        yield name, partial(forward, q, k, k, ends, ends, index, readers, *caps)
