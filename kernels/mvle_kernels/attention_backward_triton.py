@@ -40,17 +40,18 @@ def rule(max_q: int, max_k: int, head: int, arch: str, dtype: torch.dtype) -> di
     """The sums of a context lie in registers, 2 BLOCK_K BLOCK_E of float32 over all threads, beside two tiles of t.
     Chosen by what compiles without spilling them, not by time."""
     block_e, keys = power_of_2(head, 16), power_of_2(max_k, 16)
-    small = dtype == torch.float32 or older(arch)
-    room = (64 if small else 256) * 64  # elements of a context that is held whole
-    whole = keys * block_e <= room
+    queries, small = power_of_2(max_q, 16), older(arch)
+    if dtype == torch.float32:
+        return {"BLOCK_Q": 16, "BLOCK_K": min(keys, 32 * 64 // block_e), "num_warps": 4, "num_stages": 1}
+    whole = keys * block_e <= (64 if small else 256) * 64
     block_k = keys if whole else (64 if small else 128) * 64 // block_e
-    if block_k <= 32 and whole:
+    if block_k <= 32 and block_e <= 64:
         block_q, warps = (64, 4) if max_q > 32 and not small else (32, 2)
     elif block_k * block_e <= 64 * 64:
         block_q, warps = 32, 4
     else:
         block_q, warps = 32 if whole else 64, 8
-    return {"BLOCK_Q": min(block_q, power_of_2(max_q, 16)), "BLOCK_K": block_k, "num_warps": warps, "num_stages": 1}
+    return {"BLOCK_Q": min(block_q, queries), "BLOCK_K": block_k, "num_warps": warps, "num_stages": 1}
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------

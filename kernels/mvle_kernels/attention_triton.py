@@ -48,8 +48,11 @@ def rule(max_q: int, max_k: int, head: int, arch: str, dtype: torch.dtype) -> di
     """Tiles that the lengths fill; a whole context where one block of it fits beside a tile of queries. Chosen by what
     compiles without spilling registers, not by time."""
     block_e, keys = power_of_2(head, 16), power_of_2(max_k, 16)
-    small = block_e > 64 or dtype == torch.float32 or older(arch)
-    block_k = keys if keys <= (128 if small else 256) else 64 if small else 128
+    if dtype == torch.float32:  # exact products are made without tensor cores, of operands in registers
+        block_k = min(keys, 32 * 64 // block_e)
+        return {"BLOCK_Q": min(32, power_of_2(max_q, 16)), "BLOCK_K": block_k, "num_warps": 4, "num_stages": 1}
+    small = block_e > 64 or older(arch)
+    block_k = keys if keys <= (128 if small else 256) else 32 if block_e > 64 and older(arch) else 64 if small else 128
     block_q = min(64, power_of_2(max_q, 16))
     warps = 2 if block_q < 64 and block_q * block_k <= 16 * 64 else 4
     return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2 if block_k < keys else 1}

@@ -167,21 +167,32 @@ def test_any_layout(data: st.DataObject) -> None:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_strides_do_not_matter() -> None:
+def test_keys_and_values_cut_from_one_product_and_values_of_a_head_apart() -> None:
     plan = plan_of([3, 2], [4, 3])
     q, k, v = values(plan)
-    both = torch.stack([k, v, k, v], 1)  # as the keys and values of a stage's blocks come out of one product
+    both = torch.stack([k, v, k, v], 1)  # as they come for the blocks of a stage
     assert_equals_reference(attend(plan), [strided(q), both[:, 2], both[:, 3]])
     assert_equals_reference(attend(plan), [x.transpose(0, 2).contiguous().transpose(0, 2) for x in (q, k, v)])
 
 
-def test_a_gradient_that_is_one_number_everywhere() -> None:
+@pytest.mark.parametrize("keys", [64, 16])  # held whole, and in blocks
+@pytest.mark.parametrize("one", [0, 1, 2])
+def test_each_tensor_has_strides_of_its_own(one: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_tiles(monkeypatch, keys=keys)
+    plan = plan_of([3, 2], [20, 3])
+    inputs = values(plan)
+    inputs[one] = inputs[one].transpose(0, 1).contiguous().transpose(0, 1)  # heads apart, rows near
+    assert_equals_reference(attend(plan), inputs)
+
+
+def test_a_gradient_of_any_strides() -> None:
     plan = plan_of([3, 2], [4, 3])
     grads = []
     for backend in ("triton", "reference"):
         leaves = [x.requires_grad_() for x in values(plan)]
         with use_backend(backend):
             attend(plan)(*leaves).sum().backward()  # strides 0
+            (attend(plan)(*leaves).transpose(0, 1) * values(plan)[0].transpose(0, 1).contiguous()).sum().backward()
         grads.append([x.grad for x in leaves])
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
 
