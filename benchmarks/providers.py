@@ -98,7 +98,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider(
             "ours, library attention",
             "what a rival gets by copying the idea: our step over torch's ops and its attention for ragged rows",
-            partial(ours, overrides={"backend": "dense,ragged_attention=varlen"}),
+            partial(ours, overrides={"backend": "dense,ragged_attention=varlen|dense"}),
             skip=_no_kernels_of_our_own,
         ),
         *(

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import AttentionPlan, reader_sizes, readers_a_chunk, split_readers
+from .attention import AttentionPlan, readers_a_chunk, readers_of, split_readers
 from .launches import architecture, config
 from .layout import padded_length
 from .recipes import RECIPES
@@ -314,29 +314,28 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Te
 # ---- what base and large launch -------------------------------------------------------------------------------------
 
 
-def cases() -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, int, int]]:
-    """(name, q, k, offsets of both, kv_index and readers or None, longest query, longest key) without memory. Captions
-    come at their mean and at their longest; 77 rows are those of a masked image, 577 those of one of 384 pixels."""
+def cases(device: str) -> Iterator[tuple[Any, ...]]:
+    """(name, q, k, offsets of q, of k, kv_index and readers or None, longest query, longest key). Captions come at
+    their mean and at their longest; 77 rows are those of a masked image, 577 those of one of 384 pixels."""
     for name, recipe in RECIPES.items():
         image, longest = recipe.patches + 1, recipe.tokens
         pairs = [(image, image), (77, 77), (577, 577)]
         pairs += [(n, n) for n in (recipe.caption, longest)]
         across = [(image, n) for n in (recipe.caption, longest)] + [(n, image) for n in (recipe.caption, longest)]
         across += [(1, image), (577, recipe.caption)]
-        ends = torch.empty(recipe.pairs + 1, dtype=torch.int32, device="meta")
+        B = recipe.pairs
+        numbers = torch.arange(B + 1, dtype=torch.int32, device=device)
         for a, b in pairs + across:
-            q, k = (
-                torch.empty(recipe.pairs * n, recipe.heads, recipe.head, dtype=torch.bfloat16, device="meta")
-                for n in (a, b)
-            )
+            q, k = (torch.randn(B * n, recipe.heads, recipe.head, dtype=torch.bfloat16, device=device) for n in (a, b))
             index, readers = None, None
             if (a, b) in across:
-                chunks, slots = reader_sizes(recipe.pairs, recipe.pairs, readers_a_chunk(a))
-                index, readers = ends[1:], ends.new_empty(4 * (chunks + slots) + recipe.pairs)
-            yield f"{name}, {a}x{b}", q, k, ends, index, readers, a, b
+                index = (numbers[1:] * 7) % B
+                readers = readers_of(index, B, readers_a_chunk(a))
+            yield f"{name}, {a}x{b}", q, k, numbers * a, numbers * b, index, readers, a, b
 
 
-def variants() -> Iterator[tuple[str, Callable[[], object]]]:
-    """(name, call over tensors without memory) of each launch that is held by the regression check."""
-    for name, q, k, ends, index, readers, *caps in cases():
-        yield name, partial(forward, q, k, k, ends, ends, index, readers, *caps)
+def variants(device: str = "meta") -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of each launch that is held by the regression check, over tensors without memory; and on a GPU,
+    where the tuner times them, over tensors that such a call may have."""
+    for name, q, k, *rest in cases(device):
+        yield name, partial(forward, q, k, k, *rest)

@@ -4,7 +4,8 @@ An op is a name and an ordered list of backends; a backend is a function, a `ref
 take these arguments, or None, and an `unasked(*args)`: why it does not take them of itself, though it could. The first
 with neither is chosen. A demand comes before the choice, in this order: `set_backend` (a config key), the environment
 variable MVLE_BACKEND, the dispatcher. A demand is "triton", for every op that has such a backend, or
-"ragged_attention=dense,patchify=triton", for those alone. One that cannot be met is an error, never a silent fallback.
+"ragged_attention=dense,patchify=triton", for those alone; "triton|dense" takes the first of them that can. One that
+cannot be met is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OPS: dict[str, Op] = {}
-Demand = dict[str, str]  # op -> backend; EVERY: of all ops that have it
+Demand = dict[str, tuple[str, ...]]  # op -> backends, the first that can; EVERY: of all ops that have one of them
 EVERY = "*"
 _demanded: Demand = {}
 
@@ -65,60 +66,68 @@ class Op:
     def judge(self, *args: Any, **kwargs: Any) -> tuple[Backend, list[tuple[str, str]]]:
         """The chosen backend, and (name, reason) for every backend in order. Raises ValueError if none can run."""
         demand, source = demanded(self.name, [b.name for b in self.backends])
-        chosen: Backend | None = None
+        wanted = "|".join(demand)
+        refusals = {
+            b.name: f"{source} demands {wanted}" if demand and b.name not in demand else b.refuse(*args, **kwargs)
+            for b in self.backends
+        }
+        shy = {} if demand else {b.name: b.unasked(*args, **kwargs) for b in self.backends if not refusals[b.name]}
+        able = [b for b in self.backends if not refusals[b.name] and not shy.get(b.name)]
+        if demand:
+            able.sort(key=lambda b: demand.index(b.name))
         reasons = []
         for backend in self.backends:
-            if demand and backend.name != demand:
-                reasons.append((backend.name, f"refused: {source} demands {demand}"))
-            elif refusal := backend.refuse(*args, **kwargs):
-                reasons.append((backend.name, f"refused: {refusal}"))
-            elif not demand and (reason := backend.unasked(*args, **kwargs)):
-                reasons.append((backend.name, f"not asked: {reason}"))
-            elif chosen is None:
-                chosen = backend
-                reasons.append((backend.name, f"chosen: {source + ' demands it' if demand else backend.why}"))
+            name = backend.name
+            if refusals[name]:
+                reasons.append((name, f"refused: {refusals[name]}"))
+            elif shy.get(name):
+                reasons.append((name, f"not asked: {shy[name]}"))
+            elif backend is able[0]:
+                reasons.append((name, f"chosen: {source + ' demands it' if demand else backend.why}"))
             else:
-                reasons.append((backend.name, f"not needed: {chosen.name} comes first"))
-        if chosen is None:
+                reasons.append((name, f"not needed: {able[0].name} comes first"))
+        if not able:
             raise ValueError(f"no backend of {self.name} takes these arguments: " + "; ".join(map(": ".join, reasons)))
-        return chosen, reasons
+        return able[0], reasons
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.judge(*args, **kwargs)[0].run(*args, **kwargs)
 
 
 def read_demand(text: str | None, source: str) -> Demand:
-    """ "auto", "triton" or "op=backend,…" -> what is demanded of each op. Raises ValueError for an unknown name."""
+    """What "auto", "triton", "triton|dense" or "op=backend,…" demands of each op. Raises ValueError for an unknown
+    name."""
     if text in (None, "", "auto"):
         return {}
     assert text is not None
     found: Demand = {}
     for part in text.split(","):
-        op, _, backend = part.rpartition("=")
-        op, backend = op.strip() or EVERY, backend.strip()
+        op, _, names = part.rpartition("=")
+        op, backends = op.strip() or EVERY, tuple(name.strip() for name in names.split("|"))
         if op != EVERY and op not in OPS:
             raise ValueError(f"{source} demands a backend of op {op!r}; the ops are {sorted(OPS)}.")
         known = sorted({b.name for o in OPS.values() if op in (EVERY, o.name) for b in o.backends})
-        if backend not in known:
-            whose = "" if op == EVERY else f" for {op}"
-            raise ValueError(f"{source} must be auto or one of {known}{whose}, or op=backend,…; got {backend!r}.")
-        found[op] = backend
+        for backend in backends:
+            if backend not in known:
+                whose = "" if op == EVERY else f" for {op}"
+                raise ValueError(f"{source} must be auto or one of {known}{whose}, or op=backend,…; got {backend!r}.")
+        found[op] = backends
     return found
 
 
-def demanded(op: str, backends: Sequence[str]) -> tuple[str | None, str]:
-    """The backend demanded of an op, and by whom (a config key, or the environment); (None, "") if nobody did, or if
+def demanded(op: str, backends: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """The backends demanded of an op, and by whom (a config key, or the environment); ((), "") if nobody did, or if
     what every op should take is something that this one does not have."""
     demand, source = _demanded, "kernels.backend"
     if not demand and (text := os.environ.get("MVLE_BACKEND")):
         demand, source = read_demand(text, "MVLE_BACKEND"), "MVLE_BACKEND"
-    name = demand.get(op, demand.get(EVERY))
-    return (name, source) if name in backends else (None, "")
+    names = tuple(name for name in demand.get(op, demand.get(EVERY, ())) if name in backends)
+    return (names, source) if names else ((), "")
 
 
 def set_backend(name: str | None) -> None:
-    """Demand a backend of every op that has it, or "op=backend,…" (None or "auto": let each call choose). Raises
-    ValueError for an unknown name."""
+    """Demand a backend of every op that has it, the first of several, or "op=backend,…" (None or "auto": let each call
+    choose). Raises ValueError for an unknown name."""
     global _demanded
     _demanded = read_demand(name, "kernels.backend")
 
@@ -151,4 +160,4 @@ def explain(op: str | Callable[..., Any] | None = None, *args: Any, **kwargs: An
         return f"{name}: " + "; ".join(f"{backend} {reason}" for backend, reason in reasons)
     demand, source = demanded(name, [b.name for b in OPS[name].backends])
     order = " > ".join(f"{b.name} ({b.why})" for b in OPS[name].backends)
-    return f"{name}: {source + ' demands ' + demand if demand else order}"
+    return f"{name}: {source + ' demands ' + '|'.join(demand) if demand else order}"

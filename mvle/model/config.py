@@ -99,7 +99,7 @@ class KernelsConfig(Section):
     backend: str = Field(
         "auto",
         description="auto: each call chooses; triton, dense or reference: forced for every op that has it; "
-        "op=backend,…: for those ops",
+        "triton|dense: the first that can; op=backend,…: for those ops",
     )
     compile: bool = Field(
         False,
