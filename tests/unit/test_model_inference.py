@@ -62,7 +62,7 @@ def test_match_scores_any_choice_of_pairs_as_the_plain_graph_does() -> None:
     g_t = plain.cross("text_cross", text, real[t], image, None)[:, 0]
     logits = plain.linear("heads.match", g_i * g_t)
     assert torch.allclose(scores, logits[:, 1] - logits[:, 0], rtol=1e-9)
-    assert torch.equal(scores[0], scores[4])
+    assert torch.allclose(scores[0], scores[4], rtol=1e-12)  # the same pair; some CPUs round by the place in a batch
 
 
 @torch.no_grad()
