@@ -5,7 +5,7 @@ Each op is one file: maths, cost, limits, reference, fast backend, public functi
 backend a call takes and why the others were refused; `set_backend` or MVLE_BACKEND demands one.
 """
 
-from .attention import AttentionPlan, attention_plan, ragged_attention
+from .attention import AttentionPlan, attention_ops, attention_plan, ragged_attention
 from .contrastive_loss import contrastive_loss
 from .dispatch import explain, set_backend, use_backend
 from .packed import Packed, concatenate, round_up, row_index
@@ -29,6 +29,7 @@ __all__ = [
     "Packed",
     "PatchView",
     "Stream",
+    "attention_ops",
     "attention_plan",
     "concatenate",
     "contrastive_loss",

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton_support
-from .attention_libraries import refuse_varlen, refuse_xformers, unasked_triton, varlen, xformers
+from .attention_libraries import installed, refuse_varlen, refuse_xformers, unasked_triton, varlen, xformers
 from .dispatch import Op
 from .layout import equal_length, may_be_empty, pad, pad_index, padded_length, unpad
 from .packed import Packed
@@ -307,6 +308,20 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
 ATTENTION.register("dense", "equal lengths as one batch, ragged ones padded within the call, torch's SDPA")(_dense)
 ATTENTION.register("reference", "one sequence at a time")(_reference)
+
+
+def attention_ops() -> list[Any]:
+    """The torch ops as which attention runs beside torch's own: what checkpointing that keeps attention has to name."""
+    found = []
+    if triton_support.INSTALLED:
+        from . import attention_triton  # noqa: F401  registers it
+
+        found.append(torch.ops.mvle.ragged_attention.default)
+    if installed("torch.nn.attention.varlen"):
+        import_module("torch.nn.attention.varlen")  # registers its own
+        if hasattr(torch.ops.torch_attn, "_varlen_attn"):
+            found.append(torch.ops.torch_attn._varlen_attn.default)
+    return found
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ def unasked_triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str 
 
 
 @cache  # a search of sys.path costs more than a short attention
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether a module can be found."""
     try:
         return find_spec(module) is not None
     except ImportError:  # something hides it
@@ -144,7 +145,7 @@ def refuse_varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str |
     """Why torch's varlen attention does not take a call, or None."""
     if reason := _refuse(q, k, v, plan):
         return reason
-    if not _installed("torch.nn.attention.varlen"):
+    if not installed("torch.nn.attention.varlen"):
         return "this torch has no torch.nn.attention.varlen"
     return None
 
@@ -167,7 +168,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
 def refuse_xformers(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     """Why xformers does not take a call, or None."""
-    if not _installed("xformers"):
+    if not installed("xformers"):
         return "xformers is not installed"
     if reason := _refuse(q, k, v, plan):
         return reason

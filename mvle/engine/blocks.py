@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from mvle_kernels import attention_ops
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -22,7 +23,7 @@ from ..model.layers import AttentionBlock
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
-# What `selective` keeps. A GPU has several kernels for attention; one of our own would have to be named here too.
+# What `selective` keeps, with attention_ops(). A GPU has several kernels for attention.
 COSTLY = [
     getattr(torch.ops.aten, name).default
     for name in (
@@ -51,6 +52,7 @@ def prepare_blocks(model: nn.Module, activation_checkpointing: ActivationCheckpo
         import torch._dynamo.config as limits
 
         limits.recompile_limit = max(limits.recompile_limit, COMPILATIONS)
+    kept = [*COSTLY, *attention_ops()] if activation_checkpointing == "selective" else []
     for block in model.modules():
         if isinstance(block, AttentionBlock):
             if activation_checkpointing == "full":
@@ -58,7 +60,7 @@ def prepare_blocks(model: nn.Module, activation_checkpointing: ActivationCheckpo
             elif activation_checkpointing == "selective":
                 # what is compiled must contain its checkpointing: from outside its products cannot be seen, nor kept
                 for name in (*block.DENSE, "attend") if compiled else ("forward",):
-                    setattr(block, name, _made_again(getattr(block, name), keep=COSTLY))
+                    setattr(block, name, _made_again(getattr(block, name), keep=kept))
             for name in block.DENSE if compiled else ():
                 setattr(block, name, torch.compile(getattr(block, name), dynamic=True))
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from mvle_kernels import Packed
+from mvle_kernels import Packed, use_backend
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -18,6 +18,7 @@ from mvle.engine.blocks import prepare_blocks
 from mvle.model.model import MaskVLM
 
 from ..helpers import make_batch, make_config, make_model
+from ..kernels.triton_checks import needs_triton
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
 
@@ -82,6 +83,25 @@ def test_each_kind_keeps_less_than_the_one_before() -> None:
 
     none, selective, full = kept("none"), kept("selective"), kept("full")
     assert full < 0.6 * selective < 0.5 * none
+
+
+@needs_triton
+def test_selective_keeps_what_attention_of_a_kernel_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mvle_kernels import attention_triton
+
+    def forwards(keep: str) -> int:
+        model, batch = model_of(keep), make_batch([3, 5, 4, 4])
+        with use_backend("ragged_attention=triton"):
+            before = len(launched)
+            gradients(model, batch)
+        return len(launched) - before
+
+    launched = []
+    launch = attention_triton.launch
+    monkeypatch.setattr(attention_triton, "launch", lambda *a, **k: launched.append(a[0]) or launch(*a, **k))
+
+    once = forwards("none")
+    assert once > 0 and forwards("selective") == once and forwards("full") > once
 
 
 @pytest.mark.parametrize("compiled", [False, True])
