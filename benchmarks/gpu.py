@@ -64,7 +64,7 @@ def _step(shape: str, mode: str, only: str, seconds: int, exercise: tuple[str, .
 
 
 PARTS = (
-    Part("tests", 110, ("tests",), ("tests",)),
+    Part("tests", 150, ("tests",), ("tests",)),
     Part("roofs", 30, ("roofs", "8192", "2048"), ("roofs", "256", "16")),
     Part("kernels", 100, ("kernels",), ("kernels",)),
     _step("base-256", "replace", "main", 100, ("step", "tiny", "replace", "main")),

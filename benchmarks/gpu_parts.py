@@ -38,17 +38,21 @@ def tests(answer: Answer) -> None:
     folder = ROOT / "tests"
     kernels = sorted({*(folder / "kernels").glob("test_*triton*.py"), folder / "kernels" / "test_on_a_gpu.py"})
     marked = sorted(p for p in folder.rglob("test_*.py") if "mark.gpu" in p.read_text() and p not in kernels)
-    files, say = [], []
-    for only, chosen in (([], kernels), (["-m", "gpu"], marked)):
-        names = [str(p.relative_to(ROOT)) for p in chosen]
-        command = [sys.executable, "-m", "pytest", "-q", *only, "-p", "no:cacheprovider", *names]
+    files, say, failed = list[str](), list[str](), list[str]()
+    # what only a GPU can tell first: a kernel compiles for each dtype and size that a test has
+    for only, path in [*((["-m", "gpu"], p) for p in marked), *(([], p) for p in reversed(kernels))]:
+        name = str(path.relative_to(ROOT))
+        command = [sys.executable, "-m", "pytest", "-q", *only, "-p", "no:cacheprovider", name]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         if done.returncode:
-            raise SystemExit("\n".join(lines[-10:]))
-        files += names
-        say += lines[-1:] + [x for x in lines if x.startswith("SKIPPED")]
-    answer({"status": "done", "files": files, "say": say})
+            failed += lines[-10:]
+        files.append(name)
+        say += [f"{name}: {lines[-1] if lines else 'said nothing'}"]
+        say += [x for x in lines if x.startswith("SKIPPED")]
+        answer({"status": "done", "files": files, "say": say})  # what is known if the time runs out
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def kernel_rows(answer: Answer) -> None:

@@ -157,7 +157,8 @@ def _refuse_triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str 
     longest = max(padded_length(plan.q), padded_length(plan.k))
     if longest > 1024:
         return f"takes sequences of at most 1024 rows; got {longest}"
-    return triton_support.refuse(q, k, v, plan.q.offsets, plan.k.offsets)
+    index = () if plan.kv_index is None else (plan.kv_index,)
+    return triton_support.refuse(q, k, v, plan.q.offsets, plan.k.offsets, *index)
 
 
 @ATTENTION.register(

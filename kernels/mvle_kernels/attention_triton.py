@@ -308,7 +308,10 @@ def ragged_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Te
     if plan.kv_index is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         readers = plan.readers
     caps = padded_length(plan.q), padded_length(plan.k)
-    return attention(q, k, v, plan.q.offsets, plan.k.offsets, plan.kv_index, readers, *caps)[0]
+    # kernels walk them as dense lists
+    q_offsets, k_offsets = plan.q.offsets.contiguous(), plan.k.offsets.contiguous()
+    kv_index = None if plan.kv_index is None else plan.kv_index.contiguous()
+    return attention(q, k, v, q_offsets, k_offsets, kv_index, readers, *caps)[0]
 
 
 # ---- what base and large launch -------------------------------------------------------------------------------------
@@ -319,19 +322,31 @@ def cases(device: str) -> Iterator[tuple[Any, ...]]:
     their mean and at their longest; 77 rows are those of a masked image, 577 those of one of 384 pixels."""
     for name, recipe in RECIPES.items():
         image, longest = recipe.patches + 1, recipe.tokens
-        pairs = [(image, image), (77, 77), (577, 577)]
-        pairs += [(n, n) for n in (recipe.caption, longest)]
-        across = [(image, n) for n in (recipe.caption, longest)] + [(n, image) for n in (recipe.caption, longest)]
-        across += [(1, image), (577, recipe.caption)]
+        captions = recipe.caption, longest
+        apart = [(image, image), (77, 77), (577, 577), *((n, n) for n in captions)]
+        # what reads the context of its own pair: visible or all patches, masked patches and words in last blocks
+        apart += [(a, n) for a in (image, 77, recipe.masked, 7) for n in captions] + [(recipe.masked, image)]
+        across = [(a, n) for a in (image, 77) for n in captions] + [(n, image) for n in captions]
+        across += [(1, image), (1, longest), (577, recipe.caption)]
         B = recipe.pairs
         numbers = torch.arange(B + 1, dtype=torch.int32, device=device)
-        for a, b in pairs + across:
+        for a, b, indexed in [*((*p, False) for p in apart), *((*p, True) for p in across)]:
             q, k = (torch.randn(B * n, recipe.heads, recipe.head, dtype=torch.bfloat16, device=device) for n in (a, b))
             index, readers = None, None
-            if (a, b) in across:
+            if indexed:
                 index = (numbers[1:] * 7) % B
                 readers = readers_of(index, B, readers_a_chunk(a))
-            yield f"{name}, {a}x{b}", q, k, numbers * a, numbers * b, index, readers, a, b
+            yield (
+                f"{name}, {a}x{b}{', indexed' if indexed else ''}",
+                q,
+                k,
+                numbers * a,
+                numbers * b,
+                index,
+                readers,
+                a,
+                b,
+            )
 
 
 def variants(device: str = "meta") -> Iterator[tuple[str, Callable[[], object]]]:

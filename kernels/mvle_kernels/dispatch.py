@@ -111,6 +111,10 @@ def read_demand(text: str | None, source: str) -> Demand:
             if backend not in known:
                 whose = "" if op == EVERY else f" for {op}"
                 raise ValueError(f"{source} must be auto or one of {known}{whose}, or op=backend,…; got {backend!r}.")
+        if op in found:
+            raise ValueError(
+                f"{source} names {'all ops' if op == EVERY else op} twice in {text!r}; write a|b for either."
+            )
         found[op] = backends
     return found
 

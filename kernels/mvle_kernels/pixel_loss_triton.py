@@ -209,6 +209,7 @@ def masked_pixel_loss(
     """The backend: as pixel_loss.py asks for it."""
     if prediction.stride(-1) != 1:
         prediction = prediction.contiguous()
+    rows = rows.contiguous()  # the kernel walks them as a dense list
     scale, shift = scale_and_shift(mean, std)
     with_slope = prediction.requires_grad and torch.is_grad_enabled()
     return pixel_loss(

@@ -99,6 +99,9 @@ def worse(before: Figures, now: Figures) -> Iterator[str]:
     """What changed for the worse."""
     if now["registers"] > REGISTERS * before["registers"]:
         yield f"registers {before['registers']} -> {now['registers']}: more than a tenth up"
+    for what, slack in (("stack", 0), ("shared", 1024)):
+        if now[what] > before[what] + slack:
+            yield f"{what} {before[what]} -> {now[what]} bytes: more than before"
     for kind in ("load", "store"):
         wide, narrow = f"{kind}16", f"{kind}8"
         if now[wide] < before[wide]:

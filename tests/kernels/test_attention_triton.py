@@ -107,12 +107,38 @@ def test_it_equals_the_reference_whoever_reads_whom(case: str, readers: int, mon
 
 
 def test_a_quarter_of_the_queries_on_one_pair() -> None:
-    index = [7 if s % 4 else s % 8 for s in range(48)]
-    plan = plan_of([2] * 48, [3] * 8, index)
+    index = [s % 7 if s % 4 else 7 for s in range(136)]
+    plan = plan_of([2] * 136, [3] * 8, index)
     assert index.count(7) > readers_a_chunk(2), "the hub needs more than one chunk"
     assert_equals_reference(attend(plan), values(plan, heads=1))
     first, again = (gradients(attend(plan), values(plan, heads=1), "triton") for _ in range(2))
     assert first[0].equal(again[0]) and all(map(torch.equal, first[1], again[1]))
+
+
+@pytest.mark.parametrize("index", [None, [1, 0, 1, 1]])
+def test_tails_and_partial_sums_that_are_several_programs_work(
+    index: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in ("attention_triton", "attention_backward_triton"):
+        monkeypatch.setattr(f"mvle_kernels.{file}.FILL", 16)
+    monkeypatch.setattr("mvle_kernels.attention_triton.fillers", lambda n: 3)
+    monkeypatch.setattr("mvle_kernels.attention_backward_triton.fillers", lambda n: 3)
+    set_readers(monkeypatch, 1)
+    plan = plan_of([2, 3, 1, 4], [5, 3] if index else [5, 3, 1, 2], index, tail=9)
+    assert_equals_reference(attend(plan), [guarded(x) for x in values(plan)])
+
+
+@pytest.mark.parametrize("spoilt", ["q_offsets", "k_offsets", "kv_index"])
+def test_offsets_and_indices_may_be_columns_of_a_table(spoilt: str) -> None:
+    plan = plan_of([2, 3, 1], [5, 3], [1, 0, 1])
+    lists = {"q_offsets": plan.q.offsets, "k_offsets": plan.k.offsets, "kv_index": plan.kv_index}
+    lists[spoilt] = torch.stack([lists[spoilt], lists[spoilt] + 1000], 1)[:, 0]
+    assert not lists[spoilt].is_contiguous()
+
+    def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ragged_attention(q, k, v, lists["q_offsets"], lists["k_offsets"], 3, 5, lists["kv_index"])
+
+    assert_equals_reference(op, values(plan))
 
 
 @pytest.mark.parametrize("index", [None, [2, 0, 2, 1, 2]])
@@ -371,7 +397,7 @@ def test_what_base_and_large_launch_can_be_collected_without_memory() -> None:
 
     for file in (attention_triton, attention_backward_triton):
         names = [name for name, _ in file.variants()]
-        assert len(set(names)) == len(names) and {"base, 197x197", "base, 1x197", "large, 197x32"} < set(names)
+        assert len(set(names)) == len(names) and {"base, 197x197", "base, 1x197, indexed", "large, 197x32"} < set(names)
         for arch in ("sm_80", "sm_90", "sm_100"):
             for _, call in file.variants():
                 with triton_support.captured() as started, launches.target(arch):

@@ -91,6 +91,8 @@ def test_a_demand_of_all_reaches_those_that_have_the_backend_and_one_of_an_op_th
     with use_backend("picky|plain,ragged_attention=reference|dense"):
         assert toy(1) == "picky" and toy(-1) == "plain" and "reference chosen" in explain(*call)
         assert toy.judge(-1)[1][2] == ("spare", "refused: kernels.backend demands picky|plain")
+    with pytest.raises(ValueError, match=r"names all ops twice in 'picky,plain'; write a\|b for either"):
+        set_backend("picky,plain")
     with use_backend("toy=plain, ragged_attention=reference"):
         assert toy(1) == "plain" and "reference chosen: kernels.backend demands it" in explain(*call)
         assert "kernels.backend demands" not in explain("patchify")

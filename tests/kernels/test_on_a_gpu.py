@@ -81,7 +81,7 @@ def test_the_error_is_at_most_twice_that_of_torchs_ops_of_the_same_dtype(name: s
 
     for i, (own, other, true) in enumerate(zip(ours, dense, truth, strict=True)):
         error, allowed = ((t.double() - true).abs().max().item() for t in (own, other))
-        slack = torch.finfo(DTYPE).eps * max(1.0, true.abs().max().item())
+        slack = 1e-6 * true.abs().max().item()  # where torch happens to make none
         what = "output" if i == 0 else f"gradient {i - 1}"
         assert error <= 2 * allowed + slack, f"{what}: error {error:.2e}, torch's {allowed:.2e}"
 
@@ -96,30 +96,32 @@ def test_it_is_bitwise_the_same_every_time(name: str) -> None:
             assert one.equal(again)
 
 
+def every(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """An output, or gradients, as a tuple."""
+    return results if isinstance(results, tuple) else (results,)
+
+
 @pytest.mark.gpu
 @every_problem
 def test_it_never_waits_for_the_device_and_can_be_captured(name: str) -> None:
     problem = with_triton(name, DTYPE)
-    expected = results(problem, "triton")  # compiles, and prepares what a plan keeps
     step = problem.step("auto", backward=bool(problem.leaves))
     torch.cuda.set_sync_debug_mode("error")
     try:
         with use_backend("triton"):
-            step()
+            expected = every(step())  # compiles, and prepares what a plan keeps
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                captured = step()
+                captured = every(step())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    graph.replay()
-    torch.cuda.synchronize()
-    kept = [t.clone() for t in (captured if isinstance(captured, tuple) else (captured,))]
+    for result in captured:
+        result.fill_(float("nan"))
     graph.replay()
     torch.cuda.synchronize()
 
-    for one, again in zip(kept, captured if isinstance(captured, tuple) else (captured,), strict=True):
+    for one, again in zip(expected, captured, strict=True):
         assert one.equal(again) and one.isfinite().all()
-    assert all(t.isfinite().all() for t in expected)
 
 
 @pytest.mark.gpu

@@ -69,6 +69,15 @@ def test_strides_do_not_matter() -> None:
     assert not turned.is_contiguous() and turned.equal(images)
     assert_equals_reference(loss(turned, rows, 4), [strided(prediction)])
     assert_equals_reference(loss(images, rows, 4), [prediction.T.contiguous().T])
+    column = torch.stack([rows, rows + 1000], 1)[:, 0]
+    assert_equals_reference(loss(images, column, 4), [prediction])
+
+
+def test_a_patch_of_nearly_one_colour() -> None:
+    prediction, images, rows = case(4, (2, 2), [1, 9, 4], torch.float32)
+    images.fill_(100)
+    images[..., 0, 0, 0] = 101  # its variance is of the size of what keeps the division safe
+    assert_equals_reference(loss(images, rows, 4), [prediction * 0.01])
 
 
 def test_offsets_of_more_than_32_bits() -> None:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
-from mvle_kernels.recipes import RECIPES
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
+import torch
+from mvle_kernels.attention import ATTENTION
+from mvle_kernels.layout import padded_length
+from mvle_kernels.recipes import RECIPES
+from mvle_kernels.triton_support import power_of_2
+
+from benchmarks.shapes import MASK, MODES, make_batch
 from mvle.config import load_config
+from mvle.model.model import MaskVLM
+
+from .triton_checks import needs_triton
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -17,3 +28,40 @@ def test_they_are_those_of_the_config(name: str) -> None:
     assert recipe.tokens == model.text.max_tokens and recipe.vocabulary % 128 == 0
     cells = (image.size // load_config(name).masking.cell) ** 2
     assert recipe.masked == 4 * -(-0.6 * cells // 1)
+
+
+def kind(q: Any, head: int, plan: Any) -> tuple[int, int, int, bool]:
+    """What decides how attention is compiled: blocks of queries and keys, width of a head, whether it is indexed."""
+    longest = (padded_length(plan.q), padded_length(plan.k))
+    return *(power_of_2(n, 16) for n in longest), head, plan.kv_index is not None
+
+
+def met(mode: str) -> Iterator[tuple[int, int, int, bool]]:
+    """The attention of a step of base, two blocks deep and of few pairs. Heads too wide for a kernel are dense's."""
+    shallow = ["model.image.depth=1", "model.text.depth=1", "model.cross_depth=2", "model.decoder_depth=2"]
+    config = load_config("base", [*shallow, "batch.total=4", "objectives.itm.group=4", *MODES[mode]])
+    model = MaskVLM(config, 60, MASK)
+    model.init_weights(0)
+    batch = make_batch(config, 60, (14, 32, 9, 20))
+    judge, seen = ATTENTION.judge, []
+    ATTENTION.judge = lambda q, k, v, plan: seen.append(kind(q, q.shape[-1], plan)) or judge(q, k, v, plan)
+    try:
+        with torch.no_grad():
+            model(batch, 0, model.counts(batch))
+    finally:
+        del ATTENTION.judge
+    return (one for one in seen if one[2] <= 128)
+
+
+@needs_triton
+@pytest.mark.parametrize("mode", sorted(MODES))
+def test_the_check_compiles_every_attention_that_a_step_of_base_makes(mode: str) -> None:
+    from mvle_kernels.attention_triton import cases
+
+    held = {
+        (power_of_2(max_q, 16), power_of_2(max_k, 16), q.shape[-1], index is not None)
+        for name, q, k, _, _, index, _, max_q, max_k in cases("meta")
+        if name.startswith("base")
+    }
+
+    assert set(met(mode)) <= held
