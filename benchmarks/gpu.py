@@ -238,7 +238,10 @@ def write_kernels(result: dict[str, Any]) -> None:
     if found:
         lines = "".join(json.dumps(row) + "\n" for row in found)
         (path := ROOT / "runs" / "kernels.jsonl").write_text(lines)
-        look(f"from benchmarks.kernel_report import keep; keep({str(path)!r})")
+        try:
+            look(f"from benchmarks.kernel_report import keep; keep({str(path)!r})")
+        except RuntimeError as error:  # not all cases were reached: what there is lies in the results of this run
+            print(f"kernels_gpu.json is left as it was: {error}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .kernels import cases
 from .report import RESULTS, ROOT, rewrite
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -81,8 +84,11 @@ def written(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def keep(path: str) -> Path:
-    """Put a run among the results; where it went."""
+    """Put a run among the results; where it went. Raises ValueError if it is a part of the cases alone."""
     result = read_run(Path(path))
+    missing = set(cases(torch.device(result["device"]))) - {row["case"] for row in result["rows"]}
+    if missing:
+        raise ValueError(f"the table is of all cases; {path} lacks {len(missing)}, among them {min(missing)!r}.")
     kept = RESULTS / f"kernels_{'gpu' if result['device'].startswith('cuda') else 'cpu'}.json"
     kept.write_text(json.dumps(result, indent=1) + "\n")
     return kept

@@ -190,14 +190,14 @@ def attention(
 
 
 def _attention_case(recipe: str, q: str, k: str, pairs: int, *, skewed: bool = False) -> Case:
-    """q, k: a number of rows, or CAPTION for captions as long as real ones. skewed: hard negatives, a quarter of which
-    read the first pair."""
+    """q, k: a number of rows, or CAPTION for captions as long as real ones. skewed: hard negatives too, so
+    that a quarter of all read the first pair."""
     size = RECIPES[recipe]
     captions = typical_lengths(pairs, size.tokens)
     queries, contexts = (captions if n == CAPTION else (int(n),) * pairs for n in (q, k))
     index = None
     if skewed:
-        index = [*range(pairs), *(0 if i % 4 == 0 else (i * 7 + 1) % pairs for i in range(pairs))]
+        index = [*range(pairs), *(0 if i % 2 == 0 else (i * 7 + 1) % pairs for i in range(pairs))]
         queries = (*queries, *queries)
     name = f"attention {q}x{k}, {recipe}, {pairs} pairs" + (", negatives" if skewed else "")
     return Case(name, partial(attention, queries, contexts, size.heads, size.head, index))

@@ -148,6 +148,15 @@ def test_wide_rows_and_many_images() -> None:
     assert_equals_reference(views(masks(3, many), ["replace"]), leaves(70, 3, 5))
 
 
+def test_many_chunks_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in ("views_triton", "insert_triton"):
+        monkeypatch.setattr(f"mvle_kernels.{file}.CHUNK", 8)
+    counts = [b % 4 for b in range(37)]  # four chunks of 8 images and a bit
+    assert_equals_reference(views(masks(3, counts), ["clean", "replace"]), leaves(37, 3, 5))
+    run, total = insertion(masks(3, counts))
+    assert_equals_reference(run, [numbers(total, 5), numbers(5, seed=1), numbers(4, 5, seed=2)])
+
+
 def test_views_of_strided_rows() -> None:
     x, positions, class_token, mask_token = leaves(3, 4, 6)
     pair = masks(4, [1, 2, 3])
