@@ -163,6 +163,8 @@ def masked_token_loss(
             f"rows must be [R, {weight_CD.shape[1]}] with one target each; got {tuple(rows_RD.shape)} and "
             f"targets {tuple(targets.shape)}."
         )
+    if not -(2**31) <= ignore < 2**31:
+        raise ValueError(f"ignore must fit into 32 bits, as kernels compare it; got {ignore}.")
     if not 0 < vocabulary <= weight_CD.shape[0]:
         raise ValueError(f"vocabulary must lie in 1..{weight_CD.shape[0]} (rows of the weight); got {vocabulary}.")
     found = TOKEN_LOSS(rows_RD, weight_CD, bias, targets, ignore, vocabulary, ranks)

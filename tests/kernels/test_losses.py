@@ -158,6 +158,8 @@ def test_token_loss_refuses_what_does_not_fit() -> None:
         masked_token_loss(rows, weight, bias, TARGETS[:4])
     with pytest.raises(ValueError, match=r"vocabulary must lie in 1\.\.16"):
         masked_token_loss(rows, weight, bias, TARGETS, vocabulary=17)
+    with pytest.raises(ValueError, match="ignore must fit into 32 bits, as kernels compare it; got 1099511627776"):
+        masked_token_loss(rows, weight, bias, TARGETS, ignore=2**40)
 
 
 # ---- contrast -------------------------------------------------------------------------------------------------------
