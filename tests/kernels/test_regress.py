@@ -102,7 +102,9 @@ def test_what_is_no_worse_passes(before: dict[str, int], now: dict[str, int]) ->
 
 
 def test_only_what_a_step_launches_must_not_spill() -> None:
-    assert said(some(), some(stack=8), LOOSE) == ""
+    assert said(some(stack=8), some(stack=8), LOOSE) == ""
+    assert said(some(), some(stack=8), LOOSE).endswith("stack 0 -> 8 bytes: more than before")
+    assert said(some(shared=1024), some(shared=4096)).endswith("shared 1024 -> 4096 bytes: more than before")
 
 
 def test_what_is_new_or_gone_or_does_not_compile_fails() -> None:
