@@ -124,7 +124,8 @@ class Parallel:
             prepare_cuda()
             torch.cuda.set_device(local)
             return cls(rank, ranks, torch.device("cuda", local), shape, *limits)
-        hold_freed_memory()
+        if ranks == 1:  # malloc may be told so only while no other thread is at it, and gloo has threads
+            hold_freed_memory()
         return cls(rank, ranks, torch.device("cpu"), shape, *limits)
 
     def _join(self, shape: tuple[int, int]) -> None:
