@@ -87,11 +87,11 @@ class Work(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not (func.is_view or func in NO_WORK):
             self.launches += 1
-            self.bytes += sum(_size(t) for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
+            self.bytes += sum(size_of(t) for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
         return out
 
 
-def _size(tensor: Tensor) -> int:
+def size_of(tensor: Tensor) -> int:
     """Bytes that its elements take: an expanded one is read again and again, from one place."""
     distinct = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):

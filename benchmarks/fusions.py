@@ -30,7 +30,7 @@ import torch
 from mvle_kernels.recipes import RECIPES
 from torch import Tensor
 
-from .counts import Work, _size
+from .counts import Work, size_of
 
 aten = torch.ops.aten
 ROWS = 8192  # inductor fuses sums of both directions from 5 Mi elements on
@@ -175,10 +175,17 @@ def planned(compute: Piece, inputs: list[Tensor], device: str) -> tuple[int, int
         with mock.patch.object(GraphLowering, "compile_to_module", stop):
             try:
                 compile_fx_inner(graph, fake)
-            except Exception:
-                if not found:
+            except Exception as error:  # inductor wraps what it meets; anything but our own stop goes on
+                if not _is_planned(error):
                     raise
     return found[0]
+
+
+def _is_planned(error: BaseException | None) -> bool:
+    """Whether an error is the one that stops after planning, or was raised because of it."""
+    while error is not None and not isinstance(error, _PlannedError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def count(fusion: Fusion, rows: int) -> Row:
@@ -187,7 +194,7 @@ def count(fusion: Fusion, rows: int) -> Row:
     with torch.no_grad(), Work() as eager:
         outputs = fusion.compute(*inputs)
     read = inputs[: -1 if fusion.compute is residual_norm_backward else None]  # whose last, the bias, is only asked for
-    floor = sum(map(_size, [*read, *outputs]))
+    floor = sum(map(size_of, [*read, *outputs]))
     plans = [planned(fusion.compute, inputs, device) for device in ("cpu", "cuda")]
     return Row(fusion.name, (eager.launches, eager.bytes), *plans, (fusion.launches, floor))
 

@@ -1,9 +1,11 @@
 """The table of kernels, for docs/kernels.md, out of a run of the benchmarks.
 
-pytest benchmarks/test_kernels.py --benchmark-only --benchmark-json=kernels.json
-python -m benchmarks.kernel_report kernels.json      to benchmarks/results/kernels_cpu.json (kernels_gpu.json), and
-                                                     from there into docs/kernels.md
-python -m benchmarks.kernel_report                   the document anew
+    pytest benchmarks/test_kernels.py --benchmark-only --benchmark-json=kernels.json
+    python -m benchmarks.kernel_report kernels.json      to benchmarks/results/kernels_cpu.json (kernels_gpu.json), and
+                                                         from there into docs/kernels.md
+    python -m benchmarks.kernel_report                   the document anew
+
+In the document only what stands between `<!-- kernels: begin -->` and `<!-- kernels: end -->` is written.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 
 from .kernels import cases
-from .report import RESULTS, ROOT, rewrite
+from .report import RESULTS, ROOT, infos_of, rewrite
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
@@ -29,10 +31,7 @@ HEAD = ("time", "against plain", "peak memory", "GB/s", "GFLOP/s", "of the roof"
 def read_run(path: Path) -> dict[str, Any]:
     """A file of pytest-benchmark, or of --rows (.jsonl) -> {"about", "device", "rows", "skipped"}. Raises ValueError if
     it holds no kernel."""
-    if path.suffix == ".jsonl":
-        infos = [json.loads(line) for line in path.read_text().splitlines()]
-    else:
-        infos = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
+    infos = infos_of(path)
     found = [i for i in infos if "kernels" in i]
     if not found:
         raise ValueError(

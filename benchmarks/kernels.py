@@ -1,6 +1,6 @@
 """The problems that kernels are measured on: what is computed, who computes it, and what the least work would be.
 
-    problem = CASES["attention 197x14, base, 256 pairs"].problem(device, dtype)
+    problem = cases(device)["attention 197x197, base, 256 pairs"].problem(device, dtype)
     problem.providers["triton"]()          the output, with a graph to problem.leaves
     problem.floor(backward=True)           (operations, bytes) that no implementation can do without
 
@@ -39,6 +39,8 @@ from mvle_kernels.recipes import RECIPES, Recipe
 from torch import Tensor
 
 from mvle.data.caption_lengths import typical_lengths
+
+from .counts import size_of
 
 CAPTION = "caption"  # as a number of rows: as many as real captions have
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -138,7 +140,14 @@ def _peer(problem: Problem, name: str, module: str, make: Callable[[], Call]) ->
 
 
 def _size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(map(size_of, tensors))
+
+
+def _rows_of_patches(images: Tensor, patch: int) -> Tensor:
+    """Normalised patches [B, N, X] as a user would write it."""
+    mean, std = (torch.tensor(x, device=images.device) for x in (MEAN, STD))
+    x = ((images / 255 - mean) / std).unflatten(1, (-1, patch)).unflatten(3, (-1, patch))
+    return x.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -254,11 +263,9 @@ def pixel_loss(pairs: int, size: Recipe, device: torch.device, dtype: torch.dtyp
         ]
     ).to(torch.int32)
     prediction = torch.randn(len(rows), size.values, generator=draw, device=device).to(dtype).requires_grad_()
-    mean, std = (torch.tensor(x, device=device) for x in (MEAN, STD))
 
     def plain() -> Tensor:
-        x = ((images / 255 - mean) / std).unflatten(1, (-1, size.patch)).unflatten(3, (-1, size.patch))
-        target = x.transpose(2, 3).flatten(3).flatten(0, 2)[rows.long()]
+        target = _rows_of_patches(images, size.patch).flatten(0, 1)[rows.long()]
         variance, middle = torch.var_mean(target, -1, keepdim=True)
         return (prediction.float() - (target - middle) / (variance + 1e-6).sqrt()).abs().sum()
 
@@ -285,11 +292,9 @@ def patch_rows(pairs: int, size: Recipe, device: torch.device, dtype: torch.dtyp
     draw = torch.Generator(device).manual_seed(0)
     side = int(size.patches**0.5) * size.patch
     images = torch.randint(0, 256, (pairs, side, side, 3), generator=draw, device=device, dtype=torch.uint8)
-    mean, std = (torch.tensor(x, device=device) for x in (MEAN, STD))
 
     def plain() -> Tensor:
-        x = ((images / 255 - mean) / std).unflatten(1, (-1, size.patch)).unflatten(3, (-1, size.patch))
-        return x.transpose(2, 3).flatten(3).flatten(1, 2).to(dtype)
+        return _rows_of_patches(images, size.patch).to(dtype)
 
     calls: dict[str, Call] = {"auto": lambda: patchify(images, size.patch, MEAN, STD, dtype), "plain": plain}
     moved = _size(images) * (1 + torch.finfo(dtype).bits // 8)

@@ -25,7 +25,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from mvle.engine.host_memory import hold_freed_memory
+from mvle.engine.host_memory import can_hold_freed_memory
 
 from .measure import Ratio, noise_of, slower
 from .shapes import SHAPES
@@ -60,7 +60,7 @@ def about(device: str) -> dict[str, Any]:
         name = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     found = {"device": name, "date": date.today().isoformat(), "commit": commit(), "torch": torch.__version__}
     found |= {"python": platform.python_version(), "cuda": torch.version.cuda}
-    found["memory_held"] = hold_freed_memory()
+    found["memory_held"] = can_hold_freed_memory()
     try:
         import triton
 
@@ -70,13 +70,17 @@ def about(device: str) -> dict[str, Any]:
     return found
 
 
+def infos_of(path: Path) -> list[dict[str, Any]]:
+    """What each benchmark of a run has to say: of a file of pytest-benchmark, or of --rows (.jsonl)."""
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    return [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
+
+
 def read_run(path: Path) -> dict[str, Any]:
     """A file of pytest-benchmark, or of --rows (.jsonl) -> {"about", "rows", "parts", "skipped"}. Raises ValueError if
     it holds no step."""
-    if path.suffix == ".jsonl":
-        infos = [json.loads(line) for line in path.read_text().splitlines()]
-    else:
-        infos = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
+    infos = infos_of(path)
     rows = [i for i in infos if "provider" in i]
     if not rows:
         raise ValueError(f"expected rows of benchmarks/test_step.py in {path}; got {len(infos)} of other benchmarks.")

@@ -133,7 +133,7 @@ _work: Sequence[Source] = ()  # what the processes of a pool find in their copy 
 def _one(index: int) -> dict[str, int] | str:
     try:
         return figures(_work[index])
-    except Exception as error:
+    except Exception as error:  # the answer: the check fails with it, and goes on with the others
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {said[-1] if said else 'no reason given'}"
 

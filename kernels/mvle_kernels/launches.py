@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from .triton_support import capability
+
 TABLE = Path(__file__).parent / "launches.json"
 INTERPRETER = "interpreter"
 _target: str | None = None
@@ -58,7 +60,7 @@ def architecture(device: torch.device) -> str:
         return _target
     if device.type != "cuda":
         return INTERPRETER
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     return f"sm_{major}{minor}"
 
 
