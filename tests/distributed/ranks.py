@@ -22,6 +22,7 @@ import torch.multiprocessing as mp
 from mvle.train import leave
 
 PRELOADED = ["pytest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "mvle.engine.build"]
+PATIENCE = 12.0  # seconds: a rank of a busy machine may itself take 6 s to notice that the others are gone
 
 
 def free_port() -> int:
@@ -53,7 +54,7 @@ class Ending:
 def ends_of_jobs(folder: Path, jobs: Mapping[str, tuple[int, Callable[[], None]]]) -> dict[str, list[Ending]]:
     """Run jobs, each a number of ranks and a function, side by side; each rank goes its own way to its end.
 
-    A rank that outlives all others of its job by 3 s is killed: it was stopped. folder: for what they write.
+    A rank that outlives all others of its job by PATIENCE is killed: it was stopped. folder: for what they write.
     """
     began = time.monotonic()
     processes: dict[tuple[str, int], Any] = {}
@@ -72,7 +73,7 @@ def ends_of_jobs(folder: Path, jobs: Mapping[str, tuple[int, Callable[[], None]]
         ended |= {key: now for key, process in processes.items() if key not in ended and not process.is_alive()}
         for key in processes.keys() - ended:
             others = [ended.get(other, now) for other in processes if other[0] == key[0] and other != key]
-            if now > max(others) + 3 or now > 120:
+            if now > max(others) + PATIENCE or now > 120:
                 processes[key].kill()
     found: dict[str, list[Ending]] = {name: [] for name in jobs}
     for (name, rank), process in processes.items():
