@@ -209,6 +209,8 @@ class ContextForEachSequence(Replanned):
         copies, apart = {}, []
         for s in sets:
             context = contexts[s.name]
+            if context is None:
+                return plan_stage(sets, sources, contexts, *rest)
             pairs = torch.arange(context.sequences, device=context.offsets.device, dtype=torch.int32)
             copies[s.name] = repeated(context, s.kv_index, 1)
             reads = tuple(Draw(pairs + part * context.sequences) for part in range(len(s.kv_index)))

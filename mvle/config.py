@@ -230,10 +230,11 @@ def cross_checks(config: Config) -> Iterator[str]:
                 + (f" {fits} fits." if fits < image.size else " No side fits: the image is one cell.")
             )
     kinds = config.objectives
-    if masking.clean_keep < 1 and not (kinds.mlm.weight or kinds.itc.weight or kinds.itm.weight):
+    words_read_images = kinds.mlm.weight and masking.context == "clean"
+    if masking.clean_keep < 1 and not (words_read_images or kinds.itc.weight or kinds.itm.weight):
         yield (
-            f"masking.clean_keep={masking.clean_keep:g} expected a loss that reads whole images (mlm, itc or itm); got "
-            "weight 0 for each, so there is nothing to shorten. Set masking.clean_keep=1."
+            f"masking.clean_keep={masking.clean_keep:g} expected a loss that reads whole images (itc, itm, or mlm with "
+            "masking.context=clean); got weight 0 for each, so there is nothing to shorten. Set masking.clean_keep=1."
         )
 
 

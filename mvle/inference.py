@@ -26,7 +26,7 @@ from mvle_kernels import Packed
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .evaluation.split import low_ratio, no_text, pack_tokens, patch_masks, to_images
+from .evaluation.split import low_ratio, pack_tokens, patch_masks, to_images
 
 if TYPE_CHECKING:
     from .config import Config
@@ -208,7 +208,7 @@ class Pretrained:
         image = self.config.model.image
         pictures = []
         for c in _chunks(len(pixels)):
-            text = no_text(len(pixels[c]), self.device) if ids is None else self._packed(ids[c])
+            text = None if ids is None else self._packed(ids[c])
             rebuilt = self.model.reconstruct(pixels[c], masked[c].to(self.device), text)
             pictures.append(to_images(rebuilt, image.patch, image.grid).cpu())
         shape = (0, image.size, image.size, 3)

@@ -18,6 +18,7 @@ from mvle.objectives.itm import draw_negatives
 
 from .helpers import NAMES, make_batch, make_config, make_model
 
+CONTEXTS = ("clean", "masked", "none")
 MODES = (("replace", "cross"), ("drop", "cross"), ("drop", "decoder"))
 SEED = 3
 
@@ -93,6 +94,7 @@ def draw_case(one_of: Callable[[Sequence[Any]], Any]) -> Case:
     lengths = [one_of([2, 3, 4, 5, 7, 11, 16]) for _ in range(pairs)]
     if one_of([False, False, True]):
         lengths = [one_of([2, 5, 16])] * pairs
+    lengths[0] = max(lengths[0], 3)  # some word is masked: with MLM alone there would be no gradient else
     mode, insert = one_of(MODES)
     weights = [one_of([0, 1, 0.5, 3]) for _ in NAMES]
     if not any(weights):
@@ -115,6 +117,7 @@ def draw_case(one_of: Callable[[Sequence[Any]], Any]) -> Case:
             "per_patch": one_of([False, True]),
             "text_ratio": one_of([0.1, 0.3, 1.0]),
             "clean_keep": one_of([1.0, 1.0, 0.5, 0.1]) if any(weights[1:]) else 1.0,
+            "context": one_of(["clean", *CONTEXTS]),
         },
         {
             "lengths": lengths,

@@ -43,6 +43,7 @@ def make_config(
     per_patch: bool = False,
     text_ratio: float = 0.3,
     clean_keep: float = 1.0,
+    context: str = "clean",
 ) -> ModelSections:
     """Width 32, two heads, 64 px images of 16 patches; weights in the order mim, mlm, itc, itm."""
     mim, mlm, itc, itm = weights
@@ -60,7 +61,14 @@ def make_config(
             }
         ),
         MaskingConfig.model_validate(
-            {"mode": mode, "insert": insert, "cell": cell, "text_ratio": text_ratio, "clean_keep": clean_keep}
+            {
+                "mode": mode,
+                "insert": insert,
+                "cell": cell,
+                "text_ratio": text_ratio,
+                "clean_keep": clean_keep,
+                "context": context,
+            }
         ),
         ObjectivesConfig.model_validate(
             {

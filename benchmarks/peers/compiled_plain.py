@@ -64,7 +64,7 @@ class BlockByBlock(Plain):
         return self.piece("text_block", self.named(name, "block"), "block", x, real_BL)
 
     def cross_block(
-        self, stage: str, i: int, x: Tensor, real: Tensor | None, context: Tensor, context_real: Tensor | None
+        self, stage: str, i: int, x: Tensor, real: Tensor | None, context: Tensor | None, context_real: Tensor | None
     ) -> Tensor:
         weights, D = self.named(f"{stage}.blocks.{i}", "stage.blocks.0"), x.shape[-1]
         for name in ("stage.context.kv.weight", "stage.context.kv.bias"):

@@ -10,6 +10,7 @@ torch alone; only the random choices (masks, hard negatives) come from the model
 
     MIM   P = W_p D(G_i(E_i(I'); E_t(T)); E_t(T))            L = sum over masked patches of |P - I| / (masked patches X)
     MLM   p = softmax(W_w G_t(E_t(T'); E_i(I)))              L = mean over masked tokens of -log p(token)
+          (`masking.context` masked: MIM reads E_t(T') and MLM E_i(I'); none: their blocks have no cross-attention)
     ITC   s_ab = cos(P_i g(E_i(I_a)), P_t g(E_t(T_b))) / tau
           L = mean over the 2 B rows and columns of s of -log softmax(s)_aa, equal images or captions left out
     ITM   m(I, T) = softmax(W_m [g(G_i(E_i(I); E_t(T))) * g(G_t(E_t(T); E_i(I)))])
@@ -80,13 +81,14 @@ def plain_inputs(model: Masking, batch: Batch, seed: int, length: int | None = N
     kinds, N = config.objectives, patches_of(model, batch.images)
     tokens_BL, real_BL = padded(batch.text.unpack(), length)
     patch_masked_BN = masked_tokens_BL = token_masked_BL = clean_left_out_BN = most_visible = most_shown = None
-    if kinds.mim.weight:
+    both = config.masking.context == "masked" and kinds.mim.weight + kinds.mlm.weight > 0  # each reads the other's
+    if kinds.mim.weight or both:
         _, masked = choose_image_masks(batch, seed, config.masking, config.model.image, 1)
         patch_masked_BN = torch.zeros(len(batch), N, dtype=torch.bool, device=batch.images.device)
         for b, patches in enumerate(masked.unpack()):
             patch_masked_BN[b, patches.long()] = True
         most_visible = int((~patch_masked_BN).sum(1).max())
-    if kinds.mlm.weight:
+    if kinds.mlm.weight or both:
         tokens, _, within, _ = choose_token_masks(batch, seed, config.masking, model.mask_id, model.vocabulary, 1)
         masked_tokens_BL, _ = padded(tokens.unpack(), length)
         token_masked_BL = torch.zeros_like(real_BL)
@@ -174,12 +176,13 @@ class Plain:
         return self.norm(f"{name}.norm2", x + self.mlp(f"{name}.mlp", x), 1e-5)
 
     def cross_block(
-        self, stage: str, i: int, x: Tensor, real: Tensor | None, context: Tensor, context_real: Tensor | None
+        self, stage: str, i: int, x: Tensor, real: Tensor | None, context: Tensor | None, context_real: Tensor | None
     ) -> Tensor:
-        """Pre-norm: self-attention, cross-attention, feed-forward."""
+        """Pre-norm: self-attention, cross-attention (if there is a context), feed-forward."""
         name = f"{stage}.blocks.{i}"
         x = x + self.self_attention(f"{name}.attn", self.norm(f"{name}.norm1", x, 1e-6), real)
-        x = x + self.cross_attention(stage, i, self.norm(f"{name}.norm2", x, 1e-6), context, context_real)
+        if context is not None:
+            x = x + self.cross_attention(stage, i, self.norm(f"{name}.norm2", x, 1e-6), context, context_real)
         return x + self.mlp(f"{name}.mlp", self.norm(f"{name}.norm3", x, 1e-6))
 
     # ---- encoders ---------------------------------------------------------------------------------------------------
@@ -243,8 +246,10 @@ class Plain:
 
     # ---- cross encoders and decoder ---------------------------------------------------------------------------------
 
-    def cross(self, stage: str, x: Tensor, real: Tensor | None, context: Tensor, context_real: Tensor | None) -> Tensor:
-        """G_i, G_t or D: rows [B, L, D] that read the other side's rows [B, L', D] in every block."""
+    def cross(
+        self, stage: str, x: Tensor, real: Tensor | None, context: Tensor | None, context_real: Tensor | None
+    ) -> Tensor:
+        """G_i, G_t or D: rows [B, L, D] that read the other side's rows [B, L', D], or nothing, in every block."""
         depth = self.config.model.decoder_depth if stage == "decoder" else self.config.model.cross_depth
         for i in range(depth):
             x = self.cross_block(stage, i, x, real, context, context_real)
@@ -259,8 +264,8 @@ class Plain:
 
     # ---- losses -----------------------------------------------------------------------------------------------------
 
-    def mim(self, inputs: PlainInputs, text: Tensor) -> Tensor:
-        """The masked image through its encoder, cross encoder and decoder."""
+    def mim(self, inputs: PlainInputs, text: Tensor | None) -> Tensor:
+        """The masked image through its encoder, cross encoder and decoder. text: the caption that it reads."""
         images, masked_BN, masking = inputs.batch.images, inputs.patch_masked_BN, self.config.masking
         assert masked_BN is not None
         x, real = self.image_encoder(images, masked_BN, None, inputs.most_visible)
@@ -283,11 +288,11 @@ class Plain:
         distance = {"l1": d.abs(), "mse": d.square(), "l1+mse": d.abs() + d.square()}[kind.kind]
         return (distance * masked_BN[..., None]).sum() / (masked_BN.sum() * d.shape[-1])
 
-    def mlm(self, inputs: PlainInputs, image: Tensor) -> Tensor:
-        """The masked caption through its encoder and cross encoder."""
+    def mlm(self, inputs: PlainInputs, image: Tensor | None, image_real: Tensor | None) -> Tensor:
+        """The masked caption through its encoder and cross encoder. image: what it reads."""
         tokens, chosen = inputs.masked_tokens_BL, inputs.token_masked_BL
         assert tokens is not None and chosen is not None
-        x = self.cross("text_cross", self.text_encoder(tokens, inputs.real_BL), inputs.real_BL, image, None)
+        x = self.cross("text_cross", self.text_encoder(tokens, inputs.real_BL), inputs.real_BL, image, image_real)
         return self.word_loss(x, inputs.tokens_BL, chosen)
 
     def word_loss(self, x: Tensor, true_BL: Tensor, chosen: Tensor) -> Tensor:
@@ -328,20 +333,36 @@ class Plain:
             total, asked = total + (loss * counted).sum(), asked + counted.sum()
         return total / asked
 
+    def masked_text(self, inputs: PlainInputs) -> Tensor | None:
+        """What MIM reads of a caption that is masked too; None: nothing."""
+        if self.config.masking.context == "none":
+            return None
+        assert inputs.masked_tokens_BL is not None
+        return self.text_encoder(inputs.masked_tokens_BL, inputs.real_BL)
+
+    def masked_image(self, inputs: PlainInputs) -> tuple[Tensor | None, Tensor | None]:
+        """The same of an image, and which of its rows are real; (None, None): nothing."""
+        if self.config.masking.context == "none":
+            return None, None
+        return self.image_encoder(inputs.batch.images, inputs.patch_masked_BN, None, inputs.most_visible)
+
     def losses(self, inputs: PlainInputs, negatives: Negatives | None = None) -> dict[str, Tensor]:
         """Every loss with a weight above 0, by name."""
-        batch, kinds = inputs.batch, self.config.objectives
+        batch, kinds, context = inputs.batch, self.config.objectives, self.config.masking.context
+        aligned = kinds.itc.weight or kinds.itm.weight
         losses = {}
-        text = self.text_encoder(inputs.tokens_BL, inputs.real_BL)
+        if aligned or (kinds.mim.weight and context == "clean"):
+            text = self.text_encoder(inputs.tokens_BL, inputs.real_BL)
+        if aligned or (kinds.mlm.weight and context == "clean"):
+            image, _ = self.image_encoder(
+                batch.images, None, inputs.clean_left_out_BN, inputs.most_shown
+            )  # equally many rows, all real
         if kinds.mim.weight:
-            losses["mim"] = self.mim(inputs, text)
-        if not (kinds.mlm.weight or kinds.itc.weight or kinds.itm.weight):
-            return losses
-        image, _ = self.image_encoder(
-            batch.images, None, inputs.clean_left_out_BN, inputs.most_shown
-        )  # equally many rows, all real
+            losses["mim"] = self.mim(inputs, text if context == "clean" else self.masked_text(inputs))
         if kinds.mlm.weight:
-            losses["mlm"] = self.mlm(inputs, image)
+            losses["mlm"] = self.mlm(inputs, *((image, None) if context == "clean" else self.masked_image(inputs)))
+        if not aligned:
+            return losses
         step = Step(batch, inputs.seed, 1, Choices())
         if kinds.itc.weight:
             step.image_z, step.text_z = self.embed(image, text)

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from ..config import BatchArithmetic, Config
 
 
+CONTEXTS = {  # masking.context, for people
+    "clean": "each rebuilt from the whole of the other side",
+    "masked": "each rebuilt from the other side masked too",
+    "none": "each rebuilt from its own side alone",
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Built:
     """model on its device, sharded, with its first weights · optimizer · ema or None · parameters of each part."""
@@ -74,6 +81,6 @@ def describe_build(config: Config, parallel: Parallel, arithmetic: BatchArithmet
         f"batch       {arithmetic}; one contrast over all of them\n"
         f"parameters  {total / 1e6:.2f}M: {parts}{average}\n"
         f"masking     {config.masking.mode}: {config.masking.image_ratio} of {config.masking.cell}-pixel cells, "
-        f"{config.masking.text_ratio} of a caption's tokens\n"
+        f"{config.masking.text_ratio} of a caption's tokens; {CONTEXTS[config.masking.context]}\n"
         + "".join(f"approximate {line}\n" for line in config.approximations)
     )

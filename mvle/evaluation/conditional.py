@@ -5,10 +5,16 @@
           also on the pixels of objects alone (where the set has object masks), and with the whole image masked
           (caption alone)
 
-A model that ignores its partner scores the same with each. wrong = the next pair of the split that shares neither image
-nor caption; none = a context of length zero. Masks are fixed by (evaluation.seed, row of the split): the token masks of
-masking.text_ratio, every chosen token replaced by the mask token (training leaves a tenth as it is and swaps another);
-image masks of masking.image_ratio, or the low end of its range.
+As likelihoods (docs/method.md): a masked word costs -log p nats, and a masked pixel value those of a Laplace density
+around the prediction, whose one scale is the mean absolute difference d itself: 1 + log(2 d). With everything masked
+("image alone", "caption alone") they bound, from above, what the partner leaves unknown: H(text | image) in nats a
+caption of known length, and the differential entropy h(image | text) in nats a value.
+
+A model that ignores its partner scores the same with each, as one must that was trained without (masking.context=none).
+wrong = the next pair of the split that shares neither image nor caption; none = no context at all, cross-attention is
+skipped. Masks are fixed by (evaluation.seed, row of the split): the token masks of masking.text_ratio, every chosen
+token replaced by the mask token (training leaves a tenth as it is and swaps another); image masks of
+masking.image_ratio, or the low end of its range.
 
 background = one colour everywhere, what a model without any knowledge of the pair could paint: the mean colour outside
 the objects where object masks are there, else the mean pixel of the evaluated images.
@@ -16,6 +22,7 @@ the objects where object masks are there, else the mean pixel of the evaluated i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +33,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..model.model import MaskVLM
-from .split import MaskedText, Split, low_ratio, mask_words, no_text, patch_masks, patch_values
+from .split import MaskedText, Split, low_ratio, mask_words, patch_masks, patch_values
 
 Device = torch.device | str
 
@@ -46,19 +53,20 @@ def conditional(model: MaskVLM, split: Split, seed: int, device: Device) -> dict
 
 
 def words_by_partner(model: MaskVLM, split: Split, seed: int, device: Device) -> dict[str, Any]:
-    """{"true" | "wrong" | "none": {"loss" nats a token, "accuracy", "classes": {name: accuracy}, "together": {...}}}.
+    """{"true" | "wrong" | "none": {"loss" nats a token, "accuracy", "classes": {name: accuracy}, "together": {...},
+    "image_alone": {"loss", "accuracy", "caption": nats a caption}}}.
 
     loss, accuracy and "together" (the words of a class): words masked as in training, masking.text_ratio of a caption
     at once. "classes": each word of a class masked alone, the rest of its caption read: what it owes to the image.
+    "image_alone": every word masked, so that only the image (and how long the caption is) can tell them.
     """
     partners, tokenizer = split.partners(), split.tokenizer
     classes = {name: class_ids(split, known) for name, known in split.word_classes().items()}
     tallies = {name: Tally() for name in ("true", "wrong", "none")}
     for rows in split.chunks():
         batch, images = pairs_and_partners(split, rows, partners)
-        masked = mask_words(model.config, seed, batch.pair_ids, batch.text, tokenizer.mask_id, tokenizer.vocabulary).to(
-            device
-        )
+        words = (model.config, seed, batch.pair_ids, batch.text, tokenizer.mask_id, tokenizer.vocabulary)
+        masked, every = mask_words(*words).to(device), mask_words(*words, ratio=1.0).to(device)
         given = {"true": batch.images.to(device), "wrong": images.images.to(device), "none": None}
         for name, context in given.items():
             logits = model.fill(masked.text, masked.positions, context).float()
@@ -68,6 +76,11 @@ def words_by_partner(model: MaskVLM, split: Split, seed: int, device: Device) ->
             tallies[name].add("accuracy", right)
             for kind, ids in classes.items():
                 tallies[name].add(f"{kind} together", right[torch.isin(masked.targets, ids.to(device))])
+            logits = model.fill(every.text, every.positions, context).float()
+            loss = F.cross_entropy(logits, every.targets, reduction="none").double()
+            tallies[name].add("alone", loss)
+            tallies[name].add("alone right", (logits.argmax(1) == every.targets).double())
+            tallies[name].add("caption", torch.stack([part.sum() for part in loss.split(every.positions.lengths)]))
         for kind, ids in classes.items():
             alone, pair = mask_each(batch.text, ids, tokenizer.mask_id)
             if not len(alone.targets):
@@ -77,7 +90,11 @@ def words_by_partner(model: MaskVLM, split: Split, seed: int, device: Device) ->
                 logits = model.fill(text, alone.positions.to(device), None if context is None else context[pair])
                 tallies[name].add(kind, (logits.argmax(1) == targets).double())
     return {
-        name: {"loss": t.mean("loss"), "accuracy": t.mean("accuracy")}
+        name: {
+            "loss": t.mean("loss"),
+            "accuracy": t.mean("accuracy"),
+            "image_alone": {"loss": t.mean("alone"), "accuracy": t.mean("alone right"), "caption": t.mean("caption")},
+        }
         | (
             {
                 "classes": {kind: t.mean(kind) for kind in classes},
@@ -143,7 +160,8 @@ def pairs_and_partners(
 
 
 def pixels_by_partner(model: MaskVLM, split: Split, seed: int, device: Device) -> dict[str, Any]:
-    """{"true", "wrong", "none", "background", "objects": {...}, "caption_alone": {...}}: mean absolute differences."""
+    """{"true", "wrong", "none", "background", "objects": {...}, "caption_alone": {...}}: mean absolute differences;
+    "nats": {"masked": {...}, "caption_alone": {...}}: the same as nats a value."""
     partners = split.partners()
     paint = background_colour(split)
     some, objects, alone = Tally(), Tally(), Tally()
@@ -155,12 +173,13 @@ def pixels_by_partner(model: MaskVLM, split: Split, seed: int, device: Device) -
         rebuilt = {
             "true": model.reconstruct(images, masked, text),
             "wrong": model.reconstruct(images, masked, other),
-            "none": model.reconstruct(images, masked, no_text(len(batch), device)),
+            "none": model.reconstruct(images, masked, None),
             "background": paint,
         }
         from_caption = {
             "true": model.reconstruct(images, whole, text),
             "wrong": model.reconstruct(images, whole, other),
+            "none": model.reconstruct(images, whole, None),
             "background": paint,
         }
         patch = model.config.model.image.patch
@@ -174,8 +193,18 @@ def pixels_by_partner(model: MaskVLM, split: Split, seed: int, device: Device) -
     out: dict[str, Any] = {name: some.mean(name) for name in ("true", "wrong", "none", "background")}
     if objects.counts:
         out["objects"] = {name: objects.mean(name) for name in ("true", "wrong", "background")}
-    out["caption_alone"] = {name: alone.mean(name) for name in ("true", "wrong", "background")}
+    out["caption_alone"] = {name: alone.mean(name) for name in ("true", "wrong", "none", "background")}
+    out["nats"] = {
+        "masked": {name: laplace_nats(some.mean(name)) for name in ("true", "wrong", "none", "background")},
+        "caption_alone": {name: laplace_nats(value) for name, value in out["caption_alone"].items()},
+    }
     return out
+
+
+def laplace_nats(difference: float | None) -> float | None:
+    """Nats a value of a Laplace density whose scale is the mean absolute difference (the likeliest scale there is):
+    E[log 2b + |x - m| / b] at b = E|x - m|. None where nothing differs, or nothing was compared."""
+    return 1 + math.log(2 * difference) if difference else None
 
 
 def pixel_difference(rebuilt: Tensor, images: Tensor, patch: int) -> Tensor:

@@ -121,11 +121,6 @@ def pack_tokens(ids: Sequence[Sequence[int]], row_multiple: int) -> Packed:
     return Packed.of([torch.tensor(list(i), dtype=torch.int32) for i in ids], row_multiple)
 
 
-def no_text(captions: int, device: torch.device | str) -> Packed:
-    """Captions of length zero: no partner at all."""
-    return Packed.layout_of([0] * captions, 1, device).with_rows(torch.zeros(0, dtype=torch.int32, device=device))
-
-
 def patch_masks(config: Config, seed: int, pair_ids: Tensor, ratio: float) -> Tensor:
     """bool [B, N], True = masked: ceil(ratio * cells) cells of each image, fixed by (seed, pair id)."""
     image, masking = config.model.image, config.masking
@@ -149,16 +144,24 @@ class MaskedText:
         return MaskedText(self.text.to(device), self.positions.to(device), self.targets.to(device))
 
 
-def mask_words(config: Config, seed: int, pair_ids: Tensor, text: Packed, mask_id: int, vocabulary: int) -> MaskedText:
-    """Chosen as in training (masking.text_ratio, at least one a caption), but every one becomes the mask token."""
+def mask_words(
+    config: Config,
+    seed: int,
+    pair_ids: Tensor,
+    text: Packed,
+    mask_id: int,
+    vocabulary: int,
+    ratio: float | None = None,
+) -> MaskedText:
+    """Chosen as in training (ratio, or masking.text_ratio; at least one a caption), but every one becomes the mask
+    token. A ratio of 1: all words, and bos and eos alone are left."""
     assert text.lengths is not None
     maskable = torch.ones(text.total, dtype=torch.bool)
     maskable[text.offsets[:-1].long()] = False
     maskable[(text.offsets[1:].long() - 1).clamp(min=0)] = False
     counts = [max(n - 2, 0) for n in text.lengths]
-    _, positions, targets = sample_token_mask(
-        seed, pair_ids, text, maskable, config.masking.text_ratio, mask_id, vocabulary, counts
-    )
+    ratio = config.masking.text_ratio if ratio is None else ratio
+    _, positions, targets = sample_token_mask(seed, pair_ids, text, maskable, ratio, mask_id, vocabulary, counts)
     rows = text.rows.clone()
     real = sum(positions.lengths or ())
     rows[positions.rows[:real].long()] = mask_id

@@ -73,6 +73,23 @@ def pixel_rows(found: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def likelihood_rows(found: Mapping[str, Any]) -> Rows:
+    """What a partner leaves unknown, in nats: of words and pixel values that are masked, and with all of them masked.
+    Columns of what was not trained, or not measured by the mvle that evaluated, are left out."""
+    words, pixels = found.get("mlm", {}), found.get("mim", {}).get("nats", {})
+    columns: dict[str, Mapping[str, float | None]] = {}
+    if alone := {name: part["image_alone"] for name, part in words.items() if "image_alone" in part}:
+        columns["a masked word"] = {name: part["loss"] for name, part in words.items()}
+        columns["a word, all masked"] = {name: part["loss"] for name, part in alone.items()}
+        columns["a caption, all masked"] = {name: part["caption"] for name, part in alone.items()}
+    if pixels:
+        columns["a masked pixel value"] = pixels["masked"]
+        columns["a value, all masked"] = pixels["caption_alone"]
+    labels = {"true": "with the true partner", "wrong": "with a wrong partner", "none": "without a partner"}
+    rows = [[label, *(number(column.get(name)) for column in columns.values())] for name, label in labels.items()]
+    return [["-log p, nats", *columns], *rows] if columns else []
+
+
 def retrieval_tables(retrieval: Mapping[str, Any], itm: Mapping[str, float] | None) -> list[str]:
     """Lines of what `evaluate retrieval` found."""
     lines = aligned(retrieval_rows(retrieval))
@@ -86,4 +103,6 @@ def conditional_tables(found: Mapping[str, Any]) -> list[str]:
         parts.append(aligned(word_rows(found["mlm"])))
     if "mim" in found:
         parts.append(aligned(pixel_rows(found["mim"])))
+    if likelihoods := likelihood_rows(found):
+        parts.append(aligned(likelihoods))
     return [line for i, part in enumerate(parts) for line in ([""] if i else []) + part]

@@ -16,7 +16,7 @@ true lengths where someone has them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -73,13 +73,13 @@ class Asked:
 
     sources    rows of each distinct source sequence
     rows       of each sequence
-    contexts   rows of the context that each sequence reads
+    contexts   rows of the context that each sequence reads; None: they read none, and cross-attention is skipped
     read       rows of each sequence that the last block computes; None: all; "global": the first
     """
 
     sources: Sequence[int]
     rows: Sequence[int]
-    contexts: Sequence[int]
+    contexts: Sequence[int] | None
     read: Sequence[int] | str | None
 
 
@@ -122,21 +122,28 @@ class Sizes:
         rows = asked.rows
         left = rows if not pruned or asked.read is None else [1] * len(rows) if asked.read == "global" else asked.read
         assert not isinstance(left, str)
-        count = sum(left)
-        behind = self.attention(left, asked.contexts) + self.linear(count) + self.mlp(count)
+        count, crosses = sum(left), asked.contexts is not None
+        behind = self.mlp(count)
+        if asked.contexts is not None:
+            behind += self.attention(left, asked.contexts) + self.linear(count)
         if shared:  # self-attention and the query of cross-attention on the distinct sources, whatever is read
             distinct = sum(asked.sources)
-            return behind + self.linear(distinct, 5) + self.attention(asked.sources, asked.sources)
+            return behind + self.linear(distinct, 4 + crosses) + self.attention(asked.sources, asked.sources)
         if pruned and asked.read == "global":  # query, key and value weights at one row; H queries of width D read rows
-            return behind + self.linear(count, 5) + self.heads * self.attention(left, rows)
-        return behind + self.linear(sum(rows), 2) + self.linear(count, 3) + self.attention(left, rows)
+            return behind + self.linear(count, 4 + crosses) + self.heads * self.attention(left, rows)
+        return behind + self.linear(sum(rows), 2) + self.linear(count, 2 + crosses) + self.attention(left, rows)
 
-    def stage(self, sets: Sequence[Asked], depth: int) -> list[int]:
-        """Each set's part of a stage."""
-        spread, pruned = any(len(s.rows) > len(s.sources) for s in sets), any(s.read is not None for s in sets)
-        return [
-            sum(self.cross_block(s, spread and i == 0, pruned and i == depth - 1) for i in range(depth)) for s in sets
-        ]
+    def stage(self, sets: Mapping[str, Asked], depth: int) -> dict[str, int]:
+        """Each set's part of a stage, by its name. Sets with a context and those without are asked in two calls."""
+        parts = {}
+        for crosses in (True, False):
+            call = {name: s for name, s in sets.items() if (s.contexts is not None) == crosses}
+            spread = any(len(s.rows) > len(s.sources) for s in call.values())
+            pruned = any(s.read is not None for s in call.values())
+            for name, s in call.items():
+                blocks = (self.cross_block(s, spread and i == 0, pruned and i == depth - 1) for i in range(depth))
+                parts[name] = sum(blocks)
+        return parts
 
 
 def step_flops(
@@ -172,22 +179,28 @@ def step_flops(
     whole, words = [patches + 1] * pairs, _masked_words(config, lengths)
     mim, mlm, itc, itm = (o.weight > 0 for o in (kinds.mim, kinds.mlm, kinds.itc, kinds.itm))
     other = list(lengths) if drawn is None else list(drawn)
-    clean_image, clean_text = mlm or itc or itm, mim or itc or itm
+    context = config.masking.context
+    clean_image, masked_image = itc or itm or (mlm and context == "clean"), mim or (mlm and context == "masked")
+    clean_text, masked_text = itc or itm or (mim and context == "clean"), mlm or (mim and context == "masked")
     X = 3 * model.image.patch**2
 
     forward: dict[str, int] = {
         "image clean": model.image.depth * sizes.block(clean) * clean_image,
-        "image masked": model.image.depth * sizes.block(masked_rows) * mim,
-        "text": model.text.depth * sizes.block(lengths) * (clean_text + mlm),
+        "image masked": model.image.depth * sizes.block(masked_rows) * masked_image,
+        "text": model.text.depth * sizes.block(lengths) * (clean_text + masked_text),
     }
     to_images, to_texts = _questions(config, lengths, other, clean, whole, masked_rows)
     for stage in (to_images, to_texts):
-        for name, work in zip(stage, sizes.stage([*stage.values()], model.cross_depth), strict=True):
+        for name, work in sizes.stage(stage, model.cross_depth).items():
             forward[name] = forward.get(name, 0) + work
     if mim:
-        forward["decoder"] = sizes.stage([Asked(whole, whole, lengths, masked)], model.decoder_depth)[0]
-    rows = sum(lengths) * (model.cross_depth * bool(to_images) + model.decoder_depth * mim)
-    rows += sum(clean) * model.cross_depth * bool(to_texts)
+        asked = {"decoder": Asked(whole, whole, None if context == "none" else lengths, masked)}
+        forward |= sizes.stage(asked, model.decoder_depth)
+    # distinct contexts of a stage: masked captions and images, if MIM and MLM read those, beside ITM's whole ones
+    of_images = (itm or (mim and context == "clean")) + (mim and context == "masked")
+    rows = sum(lengths) * (model.cross_depth * of_images + model.decoder_depth * (mim and context != "none"))
+    rows += sum(clean) * model.cross_depth * (itm or (mlm and context == "clean"))
+    rows += sum(masked_rows) * model.cross_depth * (mlm and context == "masked")
     forward["contexts"] = sizes.linear(rows, 2)
     forward["heads"] = 2 * D * (sum(masked) * X * mim + sum(words) * vocabulary * mlm)
     forward["heads"] += 2 * D * pairs * (2 * model.projection * itc + 3 * 2 * itm)
@@ -195,7 +208,7 @@ def step_flops(
     parts = {name: learned(work) for name, work in forward.items() if work}
     if itm and itc:
         parts["itm"] += Flops(2 * pairs * kinds.itm.group * model.projection, 0)
-    if clean_image or mim:
+    if clean_image or masked_image:
         pixels = 2 * pairs * patches * X * D
         parts = {"patches": Flops(pixels, pixels)} | parts
     return parts
@@ -215,13 +228,14 @@ def _questions(
 ) -> tuple[dict[str, Asked], dict[str, Asked]]:
     """What is asked of the image and of the text cross encoder, by objective. other: lengths of the captions drawn;
     clean, whole, masked_rows: rows of each clean image, of all patches, of each masked image."""
-    kinds = config.objectives
+    kinds, context = config.objectives, config.masking.context
     to_images, to_texts = dict[str, Asked](), dict[str, Asked]()
     if kinds.mim.weight > 0:
         asking = masked_rows if config.masking.insert == "decoder" else whole
-        to_images["mim"] = Asked(asking, asking, lengths, None)
+        to_images["mim"] = Asked(asking, asking, None if context == "none" else lengths, None)
     if kinds.mlm.weight > 0:
-        to_texts["mlm"] = Asked(lengths, lengths, clean, _masked_words(config, lengths))
+        images = {"clean": clean, "masked": masked_rows, "none": None}[context]
+        to_texts["mlm"] = Asked(lengths, lengths, images, _masked_words(config, lengths))
     if kinds.itm.weight > 0:
         captions = [*lengths, *lengths, *other]
         to_images["itm"] = Asked(clean, clean * 3, captions, "global")
@@ -250,22 +264,30 @@ def plain_flops(
     visible = [max(masked_rows)] * pairs
     pixels = 2 * pairs * patches * X * D
 
-    def crossed(rows: Sequence[int], contexts: Sequence[int], depth: int) -> int:
-        keys_values = sizes.linear(sum(contexts), 2)
+    def crossed(rows: Sequence[int], contexts: Sequence[int] | None, depth: int) -> int:
+        keys_values = sizes.linear(sum(contexts or ()), 2)
         return depth * (sizes.cross_block(Asked(rows, rows, contexts, None), False, False) + keys_values)
 
-    text = model.text.depth * sizes.block(texts)
-    parts: dict[str, Flops] = {"text": learned(text) if mim or itc or itm else Flops(text, 0)}
+    context = config.masking.context
+    text = learned(model.text.depth * sizes.block(texts))
+    masked_image = learned(model.image.depth * sizes.block(visible)) + Flops(pixels, pixels)
+    parts = {"text": Flops(), "image masked": Flops(), "image clean": Flops()}
+    if itc or itm or (mim and context == "clean"):
+        parts["text"] += text
+    if itc or itm or (mlm and context == "clean"):
+        parts["image clean"] += learned(model.image.depth * sizes.block(clean)) + Flops(pixels, pixels)
     if mlm:
-        parts["text"] += learned(text)
-        parts["mlm"] = learned(crossed(texts, clean, model.cross_depth))
+        parts["text"] += text
+        parts["image masked"] += masked_image if context == "masked" else Flops()
+        read = {"clean": clean, "masked": visible, "none": None}[context]
+        parts["mlm"] = learned(crossed(texts, read, model.cross_depth))
     if mim:
-        parts["image masked"] = learned(model.image.depth * sizes.block(visible)) + Flops(pixels, pixels)
+        parts["image masked"] += masked_image
+        parts["text"] += text if context == "masked" else Flops()
         inserted = visible if config.masking.insert == "decoder" else images
-        parts["mim"] = learned(crossed(inserted, texts, model.cross_depth))
-        parts["decoder"] = learned(crossed(images, texts, model.decoder_depth))
-    if mlm or itc or itm:
-        parts["image clean"] = learned(model.image.depth * sizes.block(clean)) + Flops(pixels, pixels)
+        captions = None if context == "none" else texts
+        parts["mim"] = learned(crossed(inserted, captions, model.cross_depth))
+        parts["decoder"] = learned(crossed(images, captions, model.decoder_depth))
     if itm:
         one = crossed(clean, texts, model.cross_depth) + crossed(texts, clean, model.cross_depth)
         draw = 2 * pairs * kinds.itm.group * model.projection * itc
@@ -274,7 +296,7 @@ def plain_flops(
     parts["heads"] = learned(heads + 2 * D * pairs * (2 * model.projection * itc + 3 * 2 * itm))
     if itc:
         parts["contrast"] = learned(2 * pairs * pairs * model.projection)
-    return parts
+    return {name: work for name, work in parts.items() if work.total}
 
 
 def image_counts(

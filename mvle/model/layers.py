@@ -48,7 +48,7 @@ class BlockPlan:
     """What a cross block does in one step beside its weights.
 
     self_plan   who attends to whom; None where every sequence is a single one
-    cross_plan  which context each sequence reads
+    cross_plan  which context each sequence reads; None: none of them reads any, and cross-attention is skipped
     spread      behind self-attention and the query of cross-attention, sequences are repeated (hard negatives share
                 both); None: they are not
     rows        int64 [R], which rows of the result are read; None: all
@@ -56,10 +56,17 @@ class BlockPlan:
     """
 
     self_plan: AttentionPlan | None
-    cross_plan: AttentionPlan
+    cross_plan: AttentionPlan | None
     spread: Callable[[Tensor], Tensor] | None = None
     rows: Tensor | None = None
     single: Single | None = None
+
+    def repeated(self, x: Tensor) -> Tensor:
+        """Rows behind self-attention, for each sequence that repeats them; those alone that are read."""
+        if self.spread is None:
+            return x
+        x = self.spread(x)
+        return x if self.rows is None else x.index_select(0, self.rows)
 
 
 class Mlp(nn.Module):
@@ -231,8 +238,9 @@ class CrossBlock(AttentionBlock):
         self.norm3 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, inner)
 
-    def forward(self, x: Tensor, plan: BlockPlan, kv: tuple[Tensor, Tensor]) -> Tensor:
-        """x [T, D], keys and values of this block -> [T', D]: the rows that are read, of sequences as repeated."""
+    def forward(self, x: Tensor, plan: BlockPlan, kv: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x [T, D], keys and values of this block (None: no context) -> [T', D]: the rows that are read, of sequences
+        as repeated."""
         if plan.single is not None:
             assert plan.rows is not None
             x = self.attend_to_self(x, plan.self_plan, plan.rows, plan.single)
@@ -241,12 +249,10 @@ class CrossBlock(AttentionBlock):
             early = plan.rows if plan.spread is None else None
             read = self.attend(*self.before(x, early), plan.self_plan)
             x = self.between(x if early is None else x.index_select(0, early), read)
+        if kv is None or plan.cross_plan is None:
+            return self.after(plan.repeated(x), None)
         query = self.ask(x)
-        if plan.spread is not None:
-            x, query = plan.spread(x), plan.spread(query)
-            if plan.rows is not None:
-                x, query = x.index_select(0, plan.rows), query.index_select(0, plan.rows)
-        return self.after(x, self.attend(query, *kv, plan.cross_plan))
+        return self.after(plan.repeated(x), self.attend(plan.repeated(query), *kv, plan.cross_plan))
 
     def attend_to_self(self, x: Tensor, plan: AttentionPlan | None, rows: Tensor, single: Single) -> Tensor:
         """Self-attention where the sequences at the end ask with their first row alone: it needs neither keys nor
@@ -277,6 +283,7 @@ class CrossBlock(AttentionBlock):
     def ask(self, x: Tensor) -> Tensor:
         return self.cross.query(self.norm2(x))
 
-    def after(self, x: Tensor, read: Tensor) -> Tensor:
-        x = x + self.cross.proj(read.flatten(1))
+    def after(self, x: Tensor, read: Tensor | None) -> Tensor:
+        if read is not None:
+            x = x + self.cross.proj(read.flatten(1))
         return x + self.mlp(self.norm3(x))

@@ -197,12 +197,13 @@ class MaskVLM(nn.Module):
             step.temperature = self.heads.temperature()
 
     def ask(self, step: Step, sets: Sequence[QuerySet], known: Mapping[str, Packed] | None = None) -> dict[str, Packed]:
-        """Put the query sets to the cross stages, each stage once; rows by set name, with those already `known`."""
+        """Put the query sets to the cross stages, each stage once (and once more for sets that read no context); rows
+        by set name, with those already `known`."""
         rows: dict[str, Packed] = dict(known or {})
-        for stage in STAGES:
-            asked = [s for s in sets if s.stage == stage]
-            if not asked:
-                continue
+        calls = [
+            [s for s in sets if s.stage == st and (s.context is None) == alone] for st in STAGES for alone in (0, 1)
+        ]
+        for asked in filter(None, calls):
             inserted: dict[tuple[Any, bool], Packed] = {}
             sources = {}
             for s in asked:
@@ -211,8 +212,8 @@ class MaskVLM(nn.Module):
                     source = rows[s.source] if isinstance(s.source, str) else step.views[s.source]
                     inserted[key] = self.insert(source, step) if s.insert else source
                 sources[s.name] = inserted[key]
-            contexts = {s.name: step.views[s.context] for s in asked}
-            module: Stage = getattr(self, stage)
+            contexts = {s.name: None if s.context is None else step.views[s.context] for s in asked}
+            module: Stage = getattr(self, asked[0].stage)
             heads = self.config.model.heads
             rows |= module(plan_stage(asked, sources, contexts, self.row_multiple, len(module.blocks), heads))
         return rows
@@ -246,7 +247,8 @@ class MaskVLM(nn.Module):
         """
         images, image = chosen(image_rows, image_index)
         texts, text = chosen(text_rows, text_index)
-        step = _bare_step(images, texts, self.row_multiple)
+        step = _bare_step(self.row_multiple)
+        step.views |= {View.IMAGE_CLEAN: images, View.TEXT_CLEAN: texts}
         rows = self.ask(
             step,
             [
@@ -262,40 +264,47 @@ class MaskVLM(nn.Module):
         """Logits float32 [R, vocabulary] of the words at `positions`, in order.
 
         text Packed int32 with the mask token where a word is wanted; positions Packed int32: rows of `text`, its
-        lengths on the host; images uint8 [B, size, size, 3], one for each caption, or None: no image (a context of
-        length 0).
+        lengths on the host; images uint8 [B, size, size, 3], one for each caption, or None: no image, and
+        cross-attention is skipped, as always in a model that was trained so (masking.context=none).
         """
         sequence = torch.repeat_interleave(torch.arange(text.sequences), torch.tensor(positions.lengths))
         real = positions.rows[: len(sequence)].long()
         read = Packed.layout_of(positions.lengths or (), 1, text.rows.device)
         within = real - text.offsets.long()[sequence.to(real.device)]
         rows = self.text_encoder(text)
-        image = self.encode_images(images).rows if images is not None else _nothing(rows)
-        step = _bare_step(image, rows, self.row_multiple)
+        step = _bare_step(self.row_multiple)
         step.views[View.TEXT_MASKED] = rows
         step.choices = Choices(read=read.with_rows(within.to(torch.int32)))
-        out = self.ask(step, mlm_sets(step))["mlm"].rows[: len(sequence)]
+        context = None if images is None or self.config.masking.context == "none" else View.IMAGE_CLEAN
+        if context is not None and images is not None:
+            step.views[context] = self.encode_images(images).rows
+        out = self.ask(step, mlm_sets(step, context))["mlm"].rows[: len(sequence)]
         head = self.heads.tokens
         return (out @ head.weight[: self.vocabulary].T + head.bias[: self.vocabulary]).float()
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, masked: Tensor, text: Packed) -> Tensor:
+    def reconstruct(self, images: Tensor, masked: Tensor, text: Packed | None) -> Tensor:
         """Rebuilt patches float32 [B, N, X] in pixel units 0..1 (X as `patchify` orders it): predictions where masked,
         the image elsewhere.
 
-        images uint8 [B, size, size, 3]; masked bool [B, N]; text Packed, one caption an image; length 0 = no caption.
+        images uint8 [B, size, size, 3]; masked bool [B, N]; text Packed, one caption an image, or None: no captions,
+        and cross-attention is skipped, as always in a model that was trained so (masking.context=none).
         With per-patch targets a prediction is scaled by the true patch's own mean and deviation.
         """
         config = self.config
         image = config.model.image
+        if text is not None and text.shortest == 0:
+            raise ValueError("captions must have tokens; got one of length 0. Without captions, text is None.")
         empty = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        batch = Batch(images, text, empty, empty, empty, [], (), masks={"image": masked})
+        batch = Batch(images, Packed.layout_of([0]), empty, empty, empty, [], (), masks={"image": masked})
         keep, holes = choose_image_masks(batch, 0, config.masking, image, self.row_multiple)
         packed = self.image_encoder(images, keep, holes, [config.masking.mode])
-        caption = self.text_encoder(text) if text.total else _nothing(text.with_rows(packed.rows[:0]))
-        step = Step(batch, 0, self.row_multiple, Choices(keep, holes))
-        step.views |= {View.IMAGE_MASKED: packed, View.TEXT_CLEAN: caption}
-        predicted = self.heads.pixels(self.ask(step, mim_sets(step, config.masking))["mim.decoder"].rows).float()
+        step = Step(batch, 0, self.row_multiple, Choices(keep, holes), {View.IMAGE_MASKED: packed})
+        context = None if text is None or config.masking.context == "none" else View.TEXT_CLEAN
+        if context is not None and text is not None:
+            step.views[context] = self.text_encoder(text)
+        sets = mim_sets(step, config.masking, context)
+        predicted = self.heads.pixels(self.ask(step, sets)["mim.decoder"].rows).float()
         predicted = predicted[: sum(holes.lengths or ())]
         target = patchify(images, image.patch, image.mean, image.std)
         if config.objectives.mim.per_patch:
@@ -398,13 +407,7 @@ def chosen(packed: Packed, index: Tensor) -> tuple[Packed, Draw]:
     return distinct, Draw(inverse.to(packed.rows.device, torch.int32), lengths=lengths)
 
 
-def _nothing(like: Packed) -> Packed:
-    """Contexts of length 0, one for each sequence of `like`."""
-    return Packed.layout_of([0] * like.sequences, 1, like.offsets.device).with_rows(like.rows[:0])
-
-
-def _bare_step(images: Packed, texts: Packed, row_multiple: int) -> Step:
-    """A step without a batch, around rows already encoded."""
+def _bare_step(row_multiple: int) -> Step:
+    """A step without a batch, for rows already encoded."""
     none = torch.zeros(0)
-    batch = Batch(none, texts, none, none, none, [], ())
-    return Step(batch, 0, row_multiple, Choices(), {View.IMAGE_CLEAN: images, View.TEXT_CLEAN: texts})
+    return Step(Batch(none, Packed.layout_of([0]), none, none, none, [], ()), 0, row_multiple, Choices())

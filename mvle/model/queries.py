@@ -46,7 +46,7 @@ class QuerySet:
     """One question to a cross stage.
 
     source    a view, or the name of a set of an earlier stage: the sequences that ask
-    context   the view of the other side that they read
+    context   the view of the other side that they read; None: nothing, and cross-attention is skipped
     insert    mask tokens enter here (drop mode)
     expand    source sequences, repeated: (None,) = each once; (None, draw, None) = in order, as drawn, in order
     kv_index  which pair's context each of them reads, in the same parts
@@ -57,7 +57,7 @@ class QuerySet:
     name: str
     stage: StageName
     source: View | str
-    context: View
+    context: View | None
     insert: bool = False
     expand: Copies = (None,)
     kv_index: Copies = (None,)

@@ -25,7 +25,7 @@ class StagePlan:
     """The layouts and indices that all blocks of a stage share in one step."""
 
     sources: Packed
-    contexts: Packed
+    contexts: Packed | None  # None: nobody reads any
     blocks: tuple[BlockPlan, ...]
     outputs: tuple[tuple[str, Packed], ...]  # what each set gets back, in order
 
@@ -38,23 +38,26 @@ def group_capacity(lengths: Sequence[int], group: int) -> int:
 def plan_stage(
     sets: Sequence[QuerySet],
     sources: Mapping[str, Packed],
-    contexts: Mapping[str, Packed],
+    contexts: Mapping[str, Packed | None],
     row_multiple: int,
     depth: int,
     heads: int,
 ) -> StagePlan:
     """Lay out one stage. sources: each set's source (mask tokens inserted) by set name, the same object where shared;
-    contexts: by set name likewise. Sets whose sequences are drawn with unknown lengths can only read their first rows.
+    contexts: by set name likewise, of every set or of none. Sets whose sequences are drawn with unknown lengths can
+    only read their first rows.
     """
     sets = sorted(sets, key=lambda s: s.read == "global")  # those last, and in the order in which they came
     own = _distinct([sources[s.name] for s in sets])
-    read_from = _distinct([contexts[s.name] for s in sets])
+    read_from = _distinct([context for s in sets if (context := contexts[s.name]) is not None])
+    if read_from and any(contexts[s.name] is None for s in sets):
+        raise ValueError("sets that read a context and sets that read none are asked in separate calls.")
     x = concatenate(own, row_multiple)
-    context = concatenate(read_from, row_multiple)
+    context = concatenate(read_from, row_multiple) if read_from else None
     context_starts = dict(zip(map(id, read_from), accumulate([0, *(c.sequences for c in read_from)]), strict=False))
 
     # 1) the query sequences: each set's parts end to end
-    parts = [_parts(s, sources[s.name], context_starts[id(contexts[s.name])]) for s in sets]
+    parts = [_parts(s, sources[s.name], context_starts.get(id(contexts[s.name]), 0)) for s in sets]
     set_layouts = [[part.layout for part in of_one] for of_one in parts]
     every = [part for of_one in parts for part in of_one]
     plain = all(s.expand == (None,) for s in sets) and len(own) == len(sets)
@@ -73,8 +76,10 @@ def plan_stage(
     # 4) each block: the first meets the distinct sources, the last asks for what is read alone
     shared = spread is not None
     among = attention_plan(queries, queries) if depth > 1 + shared or rows is None else None
-    across = attention_plan(queries, context, kv_index) if depth > 1 else None
-    at_the_end = attention_plan(read, context, kv_index) if rows is not None or depth == 1 else across
+    across = at_the_end = None
+    if context is not None:
+        across = attention_plan(queries, context, kv_index) if depth > 1 else None
+        at_the_end = attention_plan(read, context, kv_index) if rows is not None or depth == 1 else across
     blocks = []
     for i in range(depth):
         last = i == depth - 1
@@ -83,9 +88,9 @@ def plan_stage(
             self_plan = attention_plan(x, x)
         elif last and rows is not None:
             self_plan, single = _asked_at_the_end(sets, set_layouts, queries, read, row_multiple, heads)
-        cross_plan = at_the_end if last else across
-        assert cross_plan is not None
-        blocks.append(BlockPlan(self_plan, cross_plan, None if i else spread, rows if last else None, single))
+        blocks.append(
+            BlockPlan(self_plan, at_the_end if last else across, None if i else spread, rows if last else None, single)
+        )
     return StagePlan(x, context, tuple(blocks), outputs)
 
 
@@ -233,7 +238,9 @@ class Stage(nn.Module):
     def forward(self, plan: StagePlan) -> dict[str, Packed]:
         """The rows that each set reads, by set name."""
         x = plan.sources.rows
-        keys_values = self.context.split(self.context(plan.contexts.rows))
+        keys_values: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(self.blocks)
+        if plan.contexts is not None:
+            keys_values = self.context.split(self.context(plan.contexts.rows))
         for block, block_plan, kv in zip(self.blocks, plan.blocks, keys_values, strict=True):
             x = block(x, block_plan, kv)
         x = self.norm(x)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from ..model.queries import View
 from ..section import Section
 
 
@@ -20,8 +21,10 @@ class MaskingConfig(Section):
     insert: Literal["cross", "decoder"] = Field(
         "cross", description="where mask tokens enter in drop mode: the image cross encoder, or only the decoder"
     )
-    context: Literal["clean"] = Field(
-        "clean", description="what MIM and MLM read of the other side: clean, the whole of it (the paper)"
+    context: Literal["clean", "masked", "none"] = Field(
+        "clean",
+        description="what MIM and MLM read of the other side: clean, the whole of it (the paper); masked, what its own "
+        "mask leaves; none, nothing. Matching reads the whole of both",
     )
     image_ratio: float | tuple[float, float] = Field(
         0.6, description="share of cells masked: a number, or [low, high] drawn for each pair; above 0, at most 1"
@@ -51,6 +54,10 @@ class MaskingConfig(Section):
         if self.clean_keep == 1:
             return None
         return f"clean image views show {self.clean_keep:g} of their patches in training (masking.clean_keep)"
+
+    def partner(self, clean: View, masked: View) -> View | None:
+        """Which of two views of the other side MIM or MLM reads; None: neither."""
+        return {"clean": clean, "masked": masked, "none": None}[self.context]
 
     @property
     def ratio_range(self) -> tuple[float, float]:

@@ -19,8 +19,9 @@ from .config import MimConfig
 from .masking import MaskingConfig
 
 
-def mim_sets(step: Step, masking: MaskingConfig) -> list[QuerySet]:
-    """The two questions of MIM: the image cross encoder (all rows, the decoder attends to them), then the decoder."""
+def mim_sets(step: Step, masking: MaskingConfig, context: View | None) -> list[QuerySet]:
+    """The two questions of MIM: the image cross encoder (all rows, the decoder attends to them), then the decoder. Both
+    read the same context."""
     masked = step.choices.masked
     assert masked is not None
     drop = masking.mode == "drop"
@@ -30,14 +31,14 @@ def mim_sets(step: Step, masking: MaskingConfig) -> list[QuerySet]:
             "mim.cross",
             "image_cross",
             View.IMAGE_MASKED,
-            View.TEXT_CLEAN,
+            context,
             insert=drop and masking.insert == "cross",
         ),
         QuerySet(
             "mim.decoder",
             "decoder",
             "mim.cross",
-            View.TEXT_CLEAN,
+            context,
             insert=drop and masking.insert == "decoder",
             read=behind_class,
         ),
@@ -54,8 +55,13 @@ class Mim:
         self.weight = config.weight
 
     def views(self) -> frozenset[View]:
-        """The masked image and the whole caption."""
-        return frozenset({View.IMAGE_MASKED, View.TEXT_CLEAN})
+        """The masked image, and what it reads of the caption: the whole, as a rule (masking.context)."""
+        return frozenset(v for v in (View.IMAGE_MASKED, self.context) if v is not None)
+
+    @property
+    def context(self) -> View | None:
+        """Which view of the caption it reads."""
+        return self.masking.partner(View.TEXT_CLEAN, View.TEXT_MASKED)
 
     def count(self, batch: Batch) -> int:
         """Masked values: patches times X."""
@@ -63,7 +69,7 @@ class Mim:
 
     def sets(self, step: Step) -> list[QuerySet]:
         """See `mim_sets`."""
-        return mim_sets(step, self.masking)
+        return mim_sets(step, self.masking, self.context)
 
     def result(self, step: Step, rows: dict[str, Packed], heads: Heads) -> Result:
         """Sum of distances over the masked patches."""

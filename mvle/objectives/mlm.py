@@ -16,10 +16,10 @@ from .config import MlmConfig
 from .masking import MaskingConfig
 
 
-def mlm_sets(step: Step) -> list[QuerySet]:
+def mlm_sets(step: Step, context: View | None) -> list[QuerySet]:
     """The one question of MLM: the text cross encoder, read at the masked tokens."""
     assert step.choices.read is not None
-    return [QuerySet("mlm", "text_cross", View.TEXT_MASKED, View.IMAGE_CLEAN, read=step.choices.read)]
+    return [QuerySet("mlm", "text_cross", View.TEXT_MASKED, context, read=step.choices.read)]
 
 
 class Mlm:
@@ -32,8 +32,13 @@ class Mlm:
         self.weight = config.weight
 
     def views(self) -> frozenset[View]:
-        """The masked caption and the whole image."""
-        return frozenset({View.TEXT_MASKED, View.IMAGE_CLEAN})
+        """The masked caption, and what it reads of the image: the whole, as a rule (masking.context)."""
+        return frozenset(v for v in (View.TEXT_MASKED, self.context) if v is not None)
+
+    @property
+    def context(self) -> View | None:
+        """Which view of the image it reads."""
+        return self.masking.partner(View.IMAGE_CLEAN, View.IMAGE_MASKED)
 
     def count(self, batch: Batch) -> int:
         """Masked tokens."""
@@ -44,7 +49,7 @@ class Mlm:
 
     def sets(self, step: Step) -> list[QuerySet]:
         """See `mlm_sets`."""
-        return mlm_sets(step)
+        return mlm_sets(step, self.context)
 
     def result(self, step: Step, rows: dict[str, Packed], heads: Heads) -> Result:
         """Sum of -log p over the masked tokens, and how many were right."""

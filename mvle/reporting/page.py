@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..evaluation.tables import matching_rows, pixel_rows, retrieval_rows, word_rows
+from ..evaluation.tables import likelihood_rows, matching_rows, pixel_rows, retrieval_rows, word_rows
 from .curves import Line, chart
 from .gather import COLUMNS, Filled, Found, Gathered, Piece, Rebuilt
 
@@ -174,6 +174,8 @@ def tables_section(figures: Mapping[str, Any]) -> str:
         parts.append(table(word_rows(conditional["mlm"])))
     if "mim" in conditional:
         parts.append(table(pixel_rows(conditional["mim"])))
+    if likelihoods := likelihood_rows(conditional):
+        parts.append(table(likelihoods))
     about = (
         f"{figures['pairs']} images of {' '.join(figures['data'])}, at step {figures['step']}. A model that ignores "
         "its partner scores the same with a true and with a wrong one."

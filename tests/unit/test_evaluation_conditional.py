@@ -11,11 +11,12 @@ from mvle.evaluation.conditional import (
     background_colour,
     class_ids,
     conditional,
+    laplace_nats,
     mask_each,
     object_values,
     pixel_difference,
 )
-from mvle.evaluation.split import Split, SplitError, mask_words, no_text, patch_masks, patch_values, to_images
+from mvle.evaluation.split import Split, SplitError, mask_words, patch_masks, patch_values, to_images
 
 from .small_run import IMAGES, small_parts, write_shard
 
@@ -45,7 +46,7 @@ class Painter:
 
     def reconstruct(self, images, masked, text):
         values = patchify(images, 16, (0, 0, 0), (1, 1, 1))
-        given = [t.tolist() for t in text.unpack()]
+        given = [[]] * len(images) if text is None else [t.tolist() for t in text.unpack()]
         assert not any(given) or all(given), "captions of one kind in a call"
         for i, image in enumerate(images):
             if given[i] != self.caption_of(image):
@@ -100,10 +101,15 @@ def test_a_model_has_the_form_of_the_results_file(parts, split):
     assert set(found) == {"mlm", "mim"}
     assert set(found["mlm"]) == {"true", "wrong", "none"}
     for figures in found["mlm"].values():
-        assert set(figures) == {"loss", "accuracy", "classes", "together"}
+        assert set(figures) == {"loss", "accuracy", "image_alone", "classes", "together"}
         assert set(figures["classes"]) == set(figures["together"]) == {"colour", "shape"}
-    assert set(found["mim"]) == {"true", "wrong", "none", "background", "objects", "caption_alone"}
-    assert set(found["mim"]["objects"]) == set(found["mim"]["caption_alone"]) == {"true", "wrong", "background"}
+    assert set(found["mim"]) == {"true", "wrong", "none", "background", "objects", "caption_alone", "nats"}
+    assert set(found["mim"]["objects"]) == {"true", "wrong", "background"}
+    every = {"true", "wrong", "none", "background"}
+    assert set(found["mim"]["caption_alone"]) == set(found["mim"]["nats"]["masked"]) == every
+    for name, difference in found["mim"]["caption_alone"].items():
+        assert found["mim"]["nats"]["caption_alone"][name] == laplace_nats(difference)
+        assert found["mim"]["nats"]["masked"][name] == laplace_nats(found["mim"][name])
 
 
 def test_figures_do_not_depend_on_the_chunk(parts, split, monkeypatch):
@@ -118,7 +124,7 @@ def test_figures_do_not_depend_on_the_chunk(parts, split, monkeypatch):
 def test_a_set_without_scenes_has_no_classes_and_no_objects(tmp_path):
     config, shards, tokenizer, model = small_parts(write_shard(tmp_path / "plain.tar", 6, extras=False))
     found = conditional(model, Split(config, shards, tokenizer, 0), 1, "cpu")
-    assert set(found["mlm"]["true"]) == {"loss", "accuracy"} and "objects" not in found["mim"]
+    assert set(found["mlm"]["true"]) == {"loss", "accuracy", "image_alone"} and "objects" not in found["mim"]
 
 
 @pytest.mark.parametrize("off, left", [("mlm", "mim"), ("mim", "mlm")])
@@ -193,5 +199,41 @@ def test_predictions_are_clipped_before_they_are_compared():
     assert pixel_difference(torch.full((1, 1, 768), -7.0), images, 16).min() == 1
 
 
-def test_no_text_is_captions_of_length_zero():
-    assert no_text(3, "cpu").lengths == (0, 0, 0) and no_text(3, "cpu").total == 0
+def test_with_all_words_masked_bos_and_eos_alone_are_left(parts, split):
+    tokenizer, batch = parts[2], split.batch(range(3))
+    masked = mask_words(parts[0], 0, batch.pair_ids, batch.text, tokenizer.mask_id, tokenizer.vocabulary, ratio=1.0)
+    at = 0
+    for caption, truth in zip(masked.text.unpack(), batch.text.unpack(), strict=True):
+        assert caption.tolist() == [tokenizer.bos_id, *[tokenizer.mask_id] * (len(truth) - 2), tokenizer.eos_id]
+        assert masked.targets[at : at + len(truth) - 2].tolist() == truth[1:-1].tolist()
+        at += len(truth) - 2
+
+
+def test_a_model_that_knows_only_how_often_words_come_needs_their_entropy(parts, split):
+    """With every word masked it pays, a word, the entropy of that distribution, and a caption the sum of its words."""
+    tokenizer = parts[2]
+    words = torch.cat([caption[1:-1].long() for caption in split.batch(range(len(split))).text.unpack()])
+    share = torch.bincount(words, minlength=tokenizer.vocabulary).double() / len(words)
+    entropy = -(share * share.log())[share > 0].sum().item()
+
+    class Frequencies(Painter):
+        def fill(self, text, positions, images):
+            return share.clamp(min=1e-30).log().float().expand(sum(positions.lengths), -1)
+
+    figures = conditional(Frequencies(split), split, seed=1, device="cpu")["mlm"]
+
+    for partner in ("true", "wrong", "none"):
+        alone = figures[partner]["image_alone"]
+        assert alone["loss"] == pytest.approx(entropy, rel=1e-5)
+        assert alone["caption"] == pytest.approx(entropy * len(words) / len(split), rel=1e-5)
+        assert alone["accuracy"] == pytest.approx(share.max().item())
+
+
+def test_pixels_as_nats_are_a_laplace_density_at_its_likeliest_scale():
+    x = torch.distributions.Laplace(0.0, 0.3).sample((20_000,)).double()
+    d = x.abs().mean().item()
+    likeliest = min(
+        -torch.distributions.Laplace(0.0, scale).log_prob(x).mean().item() for scale in (0.9 * d, d, 1.1 * d)
+    )
+    assert laplace_nats(d) == pytest.approx(likeliest, rel=1e-6)
+    assert laplace_nats(0.0) is None and laplace_nats(None) is None

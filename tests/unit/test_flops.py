@@ -42,6 +42,14 @@ CASES = [
     ({"cross_depth": 1}, (1, 0, 0, 1)),
     ({"clean_keep": 0.5}, ALL),
     ({"mode": "drop", "clean_keep": 0.3}, ALL),
+    *(
+        ({"context": c, "mode": mode}, w)
+        for c in ("masked", "none")
+        for mode, w in (("drop", ALL), ("replace", (1, 1, 0, 0)))
+    ),
+    ({"context": "masked"}, (1, 0, 0, 1)),
+    ({"context": "masked", "mode": "drop"}, (0, 1, 0, 0)),
+    ({"context": "none", "mode": "drop", "insert": "decoder", "cross_depth": 1}, (1, 0, 0, 1)),
 ]
 
 

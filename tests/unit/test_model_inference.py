@@ -23,10 +23,6 @@ def some_masks() -> Tensor:
     return masked
 
 
-def no_captions(B: int) -> Packed:
-    return Packed.layout_of([0] * B).with_rows(torch.zeros(0, dtype=torch.int32))
-
-
 def masked_captions() -> tuple[Packed, Packed]:
     """Captions with mask tokens in place, and the rows of these."""
     text = make_batch(LENGTHS).text
@@ -80,12 +76,21 @@ def test_fill_gives_the_words_of_the_plain_graph_at_the_asked_positions() -> Non
 
 
 @torch.no_grad()
-def test_fill_without_images_is_finite_and_another_answer() -> None:
+def test_fill_without_images_skips_cross_attention_as_a_model_does_that_was_trained_without() -> None:
     model, batch = make_model(make_config()), make_batch(LENGTHS)
     text, positions = masked_captions()
+    plain = Plain(model)
+    tokens, real = padded(text.unpack(), None)
+    rows = plain.cross("text_cross", plain.text_encoder(tokens, real), real, None, None)
+    expected = plain.linear("heads.tokens", rows)[..., :VOCABULARY][[0, 1, 1, 3], [1, 1, 5, 1]].float()
+
     alone = model.fill(text, positions, None)
-    assert alone.isfinite().all()
+
+    assert torch.allclose(alone, expected, rtol=1e-5, atol=1e-6)
     assert (alone - model.fill(text, positions, batch.images)).abs().amin(1).max() > 0
+    unlearned = make_model(make_config(context="none"))
+    assert torch.equal(unlearned.fill(text, positions, batch.images), alone)
+    assert torch.equal(make_model(make_config(context="masked")).fill(text, positions, None), alone)
 
 
 @pytest.mark.parametrize("per_patch", [False, True])
@@ -101,11 +106,13 @@ def test_reconstruct_keeps_visible_pixels_and_predicts_the_masked_ones(mode: str
     assert torch.allclose(rebuilt[masked], expected[masked].float(), rtol=1e-4, atol=1e-5)
 
 
-def plain_pixels(model: MaskVLM, images: Tensor, masked: Tensor, text: Packed) -> Tensor:
+def plain_pixels(model: MaskVLM, images: Tensor, masked: Tensor, text: Packed | None) -> Tensor:
     """Predictions of all patches in pixel units."""
     plain, config = Plain(model), model.config
-    tokens, real = padded(text.unpack(), None)
-    context = plain.text_encoder(tokens, real)
+    context = real = None
+    if text is not None:
+        tokens, real = padded(text.unpack(), None)
+        context = plain.text_encoder(tokens, real)
     x, visible = plain.image_encoder(images, masked)
     if visible is not None and config.masking.insert == "cross":
         x, visible = plain.insert(x, masked), None
@@ -123,18 +130,20 @@ def plain_pixels(model: MaskVLM, images: Tensor, masked: Tensor, text: Packed) -
 
 @pytest.mark.parametrize(("mode", "insert"), MODES)
 @torch.no_grad()
-def test_reconstruct_without_a_caption_is_finite_whoever_else_has_one(mode: str, insert: str) -> None:
+def test_reconstruct_without_captions_skips_cross_attention(mode: str, insert: str) -> None:
     model, batch, masked = make_model(make_config(mode, insert)), make_batch(LENGTHS), some_masks()
-    alone = model.reconstruct(batch.images, masked, no_captions(4))
+
+    alone = model.reconstruct(batch.images, masked, None)
+
+    expected = plain_pixels(model, batch.images, masked, None)
+    assert torch.allclose(alone[masked], expected[masked].float(), rtol=1e-4, atol=1e-5)
     captioned = model.reconstruct(batch.images, masked, batch.text)
-    assert alone.isfinite().all()
     assert all((alone - captioned)[b][masked[b]].abs().max() > 1e-3 for b in range(3))
+    unlearned = make_model(make_config(mode, insert, context="none"))
+    assert torch.equal(unlearned.reconstruct(batch.images, masked, batch.text), alone)
     captions = batch.text.unpack()
-    for row_multiple in (1, 16):
-        some = Packed.of([captions[0], captions[1][:0], captions[2], captions[3][:0]], row_multiple)
-        mixed = model.reconstruct(batch.images, masked, some)
-        assert torch.allclose(mixed[[1, 3]], alone[[1, 3]], atol=1e-5)
-        assert torch.allclose(mixed[[0, 2]], captioned[[0, 2]], atol=1e-5)
+    with pytest.raises(ValueError, match="got one of length 0. Without captions, text is None"):
+        model.reconstruct(batch.images, masked, Packed.of([captions[0], captions[1][:0], *captions[2:]]))
 
 
 def test_the_entries_of_evaluation_keep_no_graph() -> None:

@@ -39,6 +39,34 @@ def weights_of(*wanted: str) -> list[float]:
     return [float(name in wanted) for name in NAMES]
 
 
+CROSSES = (".cross.", ".context.", ".norm2.")  # what cross-attention learns, in a cross stage
+
+
+@pytest.mark.parametrize("mode", ["replace", "drop"])
+def test_without_a_context_and_without_matching_cross_attention_gets_no_gradient(mode: str) -> None:
+    weights = (1, 1, 1, 0)
+    for context, learns in (("none", False), ("masked", True), ("clean", True)):
+        model = make_model(make_config(mode, weights=weights, context=context))
+        calls(model)
+        own = {n: p for n, p in model.named_parameters() if n.startswith(STAGES) and any(c in n for c in CROSSES)}
+        assert len(own) == 3 * 2 + 5 * 6, "keys and values of 3 stages; norm, query and projection of 5 blocks"
+        assert {p.grad is not None for p in own.values()} == {learns}, (context, sorted(own))
+        others = {n: p for n, p in model.named_parameters() if n.startswith(STAGES) and n not in own}
+        assert all(p.grad is not None for p in others.values())
+
+
+def test_matching_reads_the_whole_of_both_sides_whatever_masked_modelling_reads() -> None:
+    batch = make_batch()
+    reports = []
+    for context in ("clean", "masked", "none"):
+        model = make_model(make_config(context=context))
+        reports.append(model(batch, 0, model.counts(batch)).report)
+    for name in ("itc", "itm"):
+        assert torch.allclose(reports[0][name], reports[1][name]) and torch.allclose(reports[0][name], reports[2][name])
+    for name in ("mim", "mlm"):
+        assert len({round(float(report[name]), 9) for report in reports}) == 3
+
+
 @pytest.mark.parametrize(
     ("wanted", "asked"),
     [

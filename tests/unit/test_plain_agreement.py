@@ -48,6 +48,14 @@ def test_all_losses_agree_in_every_mask_mode_and_depth(
     assert_agrees(make_model(config), make_batch(ratios=RATIOS))
 
 
+@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 1, 0, 0), (1, 0, 0, 1), (0, 1, 1, 0)])
+@pytest.mark.parametrize(("mode", "insert"), MODES)
+@pytest.mark.parametrize("context", ["masked", "none"])
+def test_all_losses_agree_in_every_context(context: str, mode: str, insert: str, weights: tuple[int, ...]) -> None:
+    config = make_config(mode, insert, weights, context=context, cross_depth=3)
+    assert_agrees(make_model(config), make_batch(ratios=RATIOS))
+
+
 @pytest.mark.parametrize("wanted", [*combinations(NAMES, 1), *combinations(NAMES, 2), *combinations(NAMES, 3)])
 def test_any_subset_of_losses_agrees(wanted: tuple[str, ...]) -> None:
     mode, insert = MODES[len("".join(wanted)) % 3]
@@ -114,9 +122,9 @@ def shift_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
 def shift_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     sets = mlm.mlm_sets
 
-    def broken(step: Step) -> Any:
+    def broken(step: Step, context: Any) -> Any:
         step.choices.read.rows[0] -= 1
-        return sets(step)
+        return sets(step, context)
 
     monkeypatch.setattr(mlm, "mlm_sets", broken)
 
