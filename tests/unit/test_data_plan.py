@@ -92,6 +92,21 @@ def test_the_order_is_the_one_that_was_written_down() -> None:
     assert found == EXPECTED
 
 
+@pytest.mark.parametrize("changes", range(4))
+def test_one_source_keeps_its_order_and_fingerprint(changes: int) -> None:
+    # Of the first pairs, of some far on, and of what would replace them; written down like EXPECTED.
+    options, fingerprint, drawn, rows = PINNED[changes]
+    plan = plan_of(**options)
+    counters = [*range(600), *range(10**7, 10**7 + 200)]
+    assert plan.fingerprint == fingerprint
+    assert digest(plan.draws(np.array(counters))) == drawn
+    assert digest([(plan.row(counter), plan.row(counter, 3)) for counter in counters]) == rows
+
+
+def digest(found: object) -> str:
+    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
+
+
 def test_a_smaller_fraction_is_a_subset() -> None:
     def kept(fraction: float) -> set[int]:
         plan = plan_of(fraction=fraction, batch_total=1, slots=1)
@@ -196,3 +211,15 @@ EXPECTED: list[tuple[int, int, tuple[int, int, int, int], bool, float]] = [
     (1, 1, (7, 14, 385, 420), False, 0.549268),
     (42, 0, (1, 113, 347, 407), False, 0.855103),
 ]
+PINNED: list[tuple[dict[str, object], str, str, str]] = [
+    ({}, "e0d0e9eab54cac1f594e77ca484a5ee4", "8af7947927b86826", "aa0b441f15d91b54"),
+    ({"slots": 1, "window": 8}, "28db3da82ca6ac61d04acbb9957994d0", "8d2d50fe4b15bf40", "eb606e1403289dbf"),
+    (
+        {"batch_total": 6, "slots": 6, "fraction": 0.5},
+        "97fd06079a4f630dc0964f07edf986b4", "471a49ef8ca48056", "9f7f2c2859e18694",
+    ),
+    (
+        {"batch_total": 64, "slots": 64, "window": 3, "image_ratio": (0.5, 1.0)},
+        "690ce12c240ddfeabb3244867ebc310a", "34d1724cf02fae37", "4dd8d911bd02ab09",
+    ),
+]  # fmt: skip
