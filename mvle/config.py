@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from .config_keys import describe_keys, explain, flatten, near, shown, wrong_keys
-from .data.loader import DataConfig
+from .data.config import DataConfig
 from .data.tokenizer import TokenizerConfig
 from .engine.checkpoint import CheckpointConfig
 from .engine.metrics import MetricsConfig

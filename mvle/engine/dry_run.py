@@ -16,8 +16,8 @@ from mvle_kernels import Packed, explain, set_backend
 
 from ..config import check_ranks
 from ..data.batch import Batch
+from ..data.config import open_shards
 from ..data.errors import DataError
-from ..data.loader import open_shards
 from ..data.shards import SHAPES
 from ..data.tokenizer import known_vocabulary
 from .build import build, describe_build

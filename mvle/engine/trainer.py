@@ -20,7 +20,8 @@ from mvle_kernels import explain, set_backend
 
 from ..config import BatchArithmetic, Config, check_ranks
 from ..data.batch import Batch
-from ..data.loader import Loader, open_shards
+from ..data.config import open_shards
+from ..data.loader import Loader
 from ..data.plan import SamplingPlan
 from ..data.tokenizer import Tokenizer, build_tokenizer
 from ..evaluation.validation import Validation

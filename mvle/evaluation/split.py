@@ -47,7 +47,7 @@ class Split:
     image_ids: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        from ..data.loader import evaluation_pairs
+        from ..data.plan import evaluation_pairs
 
         shards = self.shards
         self.rows = evaluation_pairs(shards, self.pairs or shards.images, self.config.evaluation.seed).tolist()

@@ -21,11 +21,12 @@ import pytest
 from mvle.data import loader as loader_module
 from mvle.data import reader as reader_module
 from mvle.data.batch import Batch
+from mvle.data.config import DataConfig
 from mvle.data.decode import decode_window
 from mvle.data.errors import DataError
 from mvle.data.index import index_path
 from mvle.data.indexing import index_shard
-from mvle.data.loader import DataConfig, Loader, evaluation_batch
+from mvle.data.loader import Loader, evaluation_batch
 from mvle.data.plan import Draw, SamplingPlan
 from mvle.data.shards import ShardSet
 from mvle.data.tokenizer import Tokenizer, train_bpe
@@ -406,6 +407,7 @@ def test_a_process_ends_although_a_read_hangs(tmp_path: Path) -> None:
     program = textwrap.dedent("""
         import sys, threading, time
         from mvle.data import loader
+        from mvle.data.config import DataConfig
         from mvle.data.plan import SamplingPlan
         from mvle.data.shards import ShardSet
         from mvle.data.tokenizer import train_bpe
@@ -414,7 +416,7 @@ def test_a_process_ends_although_a_read_hangs(tmp_path: Path) -> None:
         shards = ShardSet.open(sys.argv[1])
         import os; os.unlink(sys.argv[1]); os.mkfifo(sys.argv[1])
         plan = SamplingPlan(shards, seed=0, batch_total=12, slots=12)
-        batches = loader.Loader(loader.DataConfig(), plan, shards, train_bpe(["a picture"] * 9, 300), 16, 12)
+        batches = loader.Loader(DataConfig(), plan, shards, train_bpe(["a picture"] * 9, 300), 16, 12)
         threading.Thread(target=lambda: next(iter(batches)), daemon=True).start()
         while "reading" not in batches.doing():
             time.sleep(0.01)

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from mvle.data.batch import Batch
+from mvle.data.config import DataConfig
 from mvle.data.decode import decode_image, decode_window
 from mvle.data.errors import DataError
 from mvle.data.index import index_path
-from mvle.data.loader import BadImageError, DataConfig, Loader, evaluation_batch
+from mvle.data.loader import BadImageError, Loader, evaluation_batch
 from mvle.data.plan import SamplingPlan
 from mvle.data.shards import ShardSet
 from mvle.data.tokenizer import Tokenizer, train_bpe

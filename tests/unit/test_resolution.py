@@ -15,8 +15,9 @@ from torch import Tensor
 
 from benchmarks.nosync import RefuseSyncs, fake_device
 from mvle.config import ConfigError, load_config
+from mvle.data.config import DataConfig
 from mvle.data.decode import decode_window
-from mvle.data.loader import DataConfig, Loader
+from mvle.data.loader import Loader
 from mvle.data.plan import SamplingPlan
 from mvle.data.tokenizer import train_bpe
 from mvle.engine.schedule import ScheduleConfig, image_size, same_history
