@@ -10,7 +10,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from .section import Section
 
+SectionKind = TypeVar("SectionKind", bound=Section)
 PLAIN_TYPES = {int: "integer", float: "number", str: "text", bool: "true | false", NoneType: "null", Any: "anything"}
 LIMITS = {
     "gt": "above",
@@ -28,10 +29,22 @@ LIMITS = {
 }
 
 
+class NamedMistakes(ValueError):
+    """Mistakes below a key that is no section, a line each that names its key in full. A validator may raise it."""
+
+
 def subsection(field: FieldInfo | None) -> type[Section] | None:
     """The section that a field holds, or None for a plain value."""
     annotation = field.annotation if field is not None else None
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def named_section(field: FieldInfo) -> type[Section] | None:
+    """The section of which a field holds several, each by a name; or None."""
+    for one in _alternatives(field.annotation):
+        if get_origin(one) is dict and isinstance(kind := get_args(one)[1], type) and issubclass(kind, Section):
+            return kind
+    return None
 
 
 def walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -66,10 +79,20 @@ def flatten(values: Mapping[str, Any], section: type[Section], prefix: str = "")
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
-def wrong_keys(root: type[Section], values: Mapping[str, Any]) -> Iterator[str]:
+def checked(section: type[SectionKind], values: Mapping[str, Any], key: str) -> SectionKind:
+    """The section that stands below `key`, which the root does not know. Raises NamedMistakes."""
+    if problems := list(wrong_keys(section, values, f"{key}.")):
+        raise NamedMistakes("\n".join(problems))
+    try:
+        return section.model_validate(dict(values))
+    except ValidationError as error:
+        raise NamedMistakes("\n".join(explain(section, error, f"{key}."))) from None
+
+
+def wrong_keys(root: type[Section], values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """One message for each key that does not exist, each section that is given a plain value, and each true or false
-    where a number belongs (pydantic would read true as 1)."""
-    known = [key for key, _ in walk(root)] + [key for key, _ in sections(root)]
+    where a number belongs (pydantic would read true as 1). prefix: where the root stands, with a dot at its end."""
+    known = [key for key, _ in walk(root, prefix)] + [key for key, _ in sections(root, prefix)]
 
     def below(values: Mapping[str, Any], section: type[Section], prefix: str) -> Iterator[str]:
         for name, value in values.items():
@@ -86,11 +109,12 @@ def wrong_keys(root: type[Section], values: Mapping[str, Any]) -> Iterator[str]:
             elif isinstance(value, bool) and bool not in _alternatives(field.annotation):
                 yield f"config key {key}: expected {_expected(field)}; got {shown(value)}."
 
-    yield from below(values, root, "")
+    yield from below(values, root, prefix)
 
 
-def explain(root: type[Section], error: ValidationError) -> Iterator[str]:
-    """One line a key of what pydantic found. A union complains once for each of its members: that is one mistake."""
+def explain(root: type[Section], error: ValidationError, prefix: str = "") -> Iterator[str]:
+    """One line a key of what pydantic found. A union complains once for each of its members: that is one mistake.
+    prefix: where the root stands, with a dot at its end."""
     fields, own = dict(walk(root)), {key for key, _ in sections(root)}
     seen = set()
     for detail in error.errors():
@@ -100,14 +124,18 @@ def explain(root: type[Section], error: ValidationError) -> Iterator[str]:
         if key in seen:
             continue
         seen.add(key)
-        message = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else ""
-        if not key:  # the root checks across sections, and names keys itself
+        reason = detail["ctx"]["error"] if detail["type"] == "value_error" else ""
+        message = str(reason)
+        if isinstance(reason, NamedMistakes):
+            yield from message.splitlines()
+        elif not key:  # the root checks across sections, and names keys itself
             yield from (message or detail["msg"]).splitlines()
         elif message or key not in fields:
-            yield f"config key {key}: {(message or detail['msg']).rstrip('.')}."
+            yield f"config key {prefix}{key}: {(message or detail['msg']).rstrip('.')}."
         else:
             field, value = fields[key], detail["input"]
-            yield f"config key {key}: expected {_expected(field)}; got {shown(value)}.{near(value, _choices(field))}"
+            meant = near(value, _choices(field))
+            yield f"config key {prefix}{key}: expected {_expected(field)}; got {shown(value)}.{meant}"
 
 
 def near(word: Any, known: Sequence[str]) -> str:
@@ -155,6 +183,8 @@ def type_name(annotation: Any) -> str:
         return f"[{', '.join(type_name(a) for a in arguments)}]"
     if origin in (list, tuple):
         return f"list of {type_name(arguments[0])}"
+    if origin is dict and isinstance(arguments[1], type) and issubclass(arguments[1], Section):
+        return "sections"
     if origin is dict:
         return f"{{{type_name(arguments[0])}: {type_name(arguments[1])}}}"
     return getattr(annotation, "__name__", str(annotation))
@@ -172,9 +202,21 @@ def describe_keys(root: type[Section]) -> str:
         if section is None:
             continue
         about = (section.__doc__ or field.description or "").strip().splitlines()[0]
-        rows = [(k, type_name(f.annotation), _default(f), f.description or "") for k, f in walk(section, f"{name}.")]
+        rows = [_row(*one) for one in with_named(section, f"{name}.")]
         lines += ["", f"{name}: {about}", *_table(rows, width)]
     return "\n".join(lines[1:])
+
+
+def with_named(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    """`walk`, and below each field that holds sections by name the keys of one, called NAME."""
+    for key, field in walk(section, prefix):
+        yield key, field
+        if (below := named_section(field)) is not None:
+            yield from walk(below, f"{key}.NAME.")
+
+
+def _row(key: str, field: FieldInfo) -> tuple[str, str, str, str]:
+    return key, type_name(field.annotation), _default(field), field.description or ""
 
 
 def _table(rows: Sequence[tuple[str, str, str, str]], width: int) -> Iterator[str]:
@@ -190,6 +232,8 @@ def _table(rows: Sequence[tuple[str, str, str, str]], width: int) -> Iterator[st
 
 
 def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "needed"
     value = field.get_default(call_default_factory=True)
     text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000)
     return text.replace("\n...", "").strip()

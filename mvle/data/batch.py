@@ -18,7 +18,7 @@ class Batch:
     text        Packed int32 token ids, with bos and eos; lengths on the host
     pair_ids    int64 [B], the global counter of each pair: the id of all its random draws
     image_ids   int64 [B], hash of the image's bytes; text_ids int64 [B], hash of the caption lower-cased
-    keys        the shard key of each pair, for messages
+    keys        the shard key of each pair, after its source where there are several; for messages
     image_ratio the share of cells to mask in each image, on the host (drawn by the plan, so known before the step)
     extras      what a set knows beside the pair: e.g. "objects" uint8 [B, height, width], "scene" list of dict
     replaced    how many of the pairs stand in for a bad image; truncated: how many captions were cut (host ints)

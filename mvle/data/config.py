@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from ..config_keys import NamedMistakes, checked, shown
 from ..section import Section
 from .decode import MAX_PIXELS
 from .errors import DataError
-from .shards import ShardSet
+from .index import open_indexes
+from .shards import ShardSet, find_shards, refuse_repeated
+from .sources import Source
+
+MOST_SOURCES = 256  # their number is eight bits of what their order is drawn by
+
+
+class SourceConfig(Section):
+    """One of several sources of pairs to train on."""
+
+    shards: tuple[str, ...] = Field(min_length=1, description="its shards, named as in a list of data.train")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="share of the pairs, relative to the other weights; null, for every source: they are one set",
+    )
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def one_or_many(cls, value: Any) -> Any:
+        """One pattern is a list of one."""
+        return (value,) if isinstance(value, str) else value
 
 
 class DataConfig(Section):
     """Which pairs, and how they are shown."""
 
-    train: tuple[str, ...] | None = Field(
-        None, description="shards to train on: paths, globs, {000..127}, or shapes:train (the built-in demo set)"
+    train: tuple[str, ...] | dict[str, SourceConfig] | None = Field(
+        None,
+        description="shards to train on: paths, globs, {000..127}, or shapes:train (the built-in demo set); or several "
+        "sources by name, {coco: {shards: ..., weight: 1}, cc3m: {shards: ..., weight: 3}}",
     )
     val: tuple[str, ...] | None = Field(None, description="shards of validation while training")
     test: tuple[str, ...] | None = Field(None, description="shards that pick no setting, for the final figures")
@@ -56,9 +84,30 @@ class DataConfig(Section):
         """One pattern is a list of one."""
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def named_sources(cls, value: Any) -> Any:
+        """Sources by name; one that is null is left out, so that an override can do that."""
+        if not isinstance(value, Mapping):
+            return value
+        return {str(name): _source(str(name), given) for name, given in value.items() if given is not None}
+
+    @field_validator("train")
+    @classmethod
+    def weights_together(cls, value: Any) -> Any:
+        """Sources are one set, or each has its share."""
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MOST_SOURCES:
+            raise ValueError(f"expected at most {MOST_SOURCES} sources; got {len(value)}")
+        without = [name for name, source in value.items() if source.weight is None]
+        if 0 < len(without) < len(value):
+            raise ValueError(f"expected a weight for each source, or for none; {', '.join(without)} got none")
+        return value
+
     @field_validator("train", "val", "test")
     @classmethod
-    def not_empty(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def not_empty(cls, value: Any) -> Any:
         """No shards is null, not an empty list."""
         return value or None
 
@@ -82,10 +131,44 @@ class DataConfig(Section):
         """data.slots, or its default for that many pairs a step."""
         return self.slots or math.gcd(batch_total, 64)
 
+    def patterns(self, split: Literal["train", "val", "test"]) -> list[str]:
+        """Every pattern that a split names, those of its sources in order."""
+        return [pattern for source in self.sources(split).values() for pattern in source.shards]
+
+    def sources(self, split: Literal["train", "val", "test"]) -> dict[str, SourceConfig]:
+        """The sources of a split; shards that are named in a list are one source without a name."""
+        given = getattr(self, split)
+        if not given:
+            return {}
+        return given if isinstance(given, dict) else {"": SourceConfig(shards=given)}
+
 
 def open_shards(config: DataConfig, split: Literal["train", "val", "test"]) -> ShardSet:
     """The shards of data.train, data.val or data.test. Raises DataError where there are none, or no index."""
-    patterns = getattr(config, split)
-    if patterns is None:
+    named = config.sources(split)
+    if not named:
         raise DataError(f"data.{split} must name shards; it is null. Try data.{split}=shapes:{split}.")
-    return ShardSet.open(patterns, config.shapes_folder, config.shapes_captions)
+    paths: list[Path] = []
+    sources = []
+    for name, source in named.items():
+        found = find_shards(source.shards, config.shapes_folder, config.shapes_captions)
+        sources.append(Source(name, range(len(paths), len(paths) + len(found)), source.weight))
+        paths += found
+    refuse_repeated(paths, f"data.{split}")
+    return ShardSet(open_indexes(paths), sources)
+
+
+def _source(name: str, given: Any) -> SourceConfig:
+    """What data.train says of a source. Raises NamedMistakes."""
+    key = f"data.train.{name}"
+    if not re.fullmatch(r"[\w-]+", name):
+        raise NamedMistakes(f"config key data.train: expected names of letters, digits, _ and -; got {name!r}.")
+    if isinstance(given, SourceConfig):
+        return given
+    if isinstance(given, (str, list, tuple)):
+        given = {"shards": given}
+    if not isinstance(given, Mapping):
+        raise NamedMistakes(f"config key {key}: expected shards, or shards and weight; got {shown(given)}.")
+    if "shards" not in given:
+        raise NamedMistakes(f"config key {key}.shards: expected the shards of this source; got none.")
+    return checked(SourceConfig, given, key)

@@ -5,10 +5,10 @@ Pillow and torch let go of the interpreter while they do). Everything random com
 step are the same on any number of ranks and threads.
 
 A bad image: every image was decoded once when it was indexed, so a checksum or decode error now means that a disk or a
-copy went wrong. The pair is replaced by the row that its slot would give next (SamplingPlan.replacement), the key is
-named once in a warning, and the run stops with the list when more than data.max_bad_share of the images fail. Which row
-replaces it depends on the counter and the disk alone, not on what this process met before: a resumed run and any number
-of ranks choose the same.
+copy went wrong. The pair is replaced by the row that its slot would get next of the same source
+(SamplingPlan.replacement), the key is named once in a warning, and the run stops with the list when more than
+data.max_bad_share of the images fail. Which row replaces it depends on the counter and the disk alone, not on what this
+process met before: a resumed run and any number of ranks choose the same.
 
 A bad file (gone, cut, another one in its place) is no bad image: DataError at once, with its name.
 """
@@ -230,7 +230,7 @@ class Loader:
         if row in self._bad_rows:
             return
         self._bad_rows.add(row)
-        name = f"{self.shards.key(row)} ({self.shards.shard_path(row)})"
+        name = f"{self.shards.name(row)} ({self.shards.shard_path(row)})"
         self.bad[name] = str(error)
         log.warning("%simage %s is bad and gets replaced: %s", self._whose, name, error)
         self._found.append(self._pairs)
@@ -276,7 +276,7 @@ def evaluation_batch(
         try:
             images[i] = read_window(shards, draw, image_size, MAX_PIXELS)
         except BadImageError as error:
-            raise BadImageError(f"{shards.key(draw.row)} in {shards.shard_path(draw.row)}: {error}") from error
+            raise BadImageError(f"{shards.name(draw.row)} in {shards.shard_path(draw.row)}: {error}") from error
     ids, _ = tokenizer.encode([shards.caption(draw.row, draw.caption) for draw in draws], max_tokens)
     batch = _assemble(shards, draws, torch.from_numpy(images), ids, max_tokens, row_multiple)
     if extras:
@@ -325,7 +325,7 @@ def _assemble(
         pair_ids=torch.tensor([draw.counter for draw in draws], dtype=torch.int64),
         image_ids=torch.tensor([shards.image_id(draw.row) for draw in draws], dtype=torch.int64),
         text_ids=torch.tensor([shards.text_id(draw.row, draw.caption) for draw in draws], dtype=torch.int64),
-        keys=[shards.key(draw.row) for draw in draws],
+        keys=[shards.name(draw.row) for draw in draws],
         image_ratio=tuple(draw.ratio for draw in draws),
     )
 

@@ -2,12 +2,9 @@
 
     counter = step * batch_total + position        position = slot * (batch_total / slots) + k
 
-Each epoch the shards are permuted and their rows laid end to end; rows are shuffled within windows of `window` shards;
-the whole is cut into `slots` equal pieces (the few left over wait for another epoch), and slot s walks piece s. Ranks
-own contiguous slots. So the order does not depend on how many ranks there are, a run resumes from one integer, and a
-rank whose pieces are longer than a window reads its shards one window after another. With fewer shards than a window
-the shuffle is a full one. (Shuffling before cutting, not after: else, with one shard, two images of one piece would
-never meet in a batch.)
+Ranks own contiguous slots. So the order does not depend on how many ranks there are, and a run resumes from one
+integer. The positions of a slot, step after step, are its turns: turns.py says which source has a turn, and walk.py
+which row of that source it shows.
 
 All randomness is Philox (mvle_kernels.random), and only +, *, / and sqrt touch it: equal bits on every machine.
 """
@@ -16,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +24,9 @@ from numpy.typing import NDArray
 from .captions import NO_FLIP
 from .decode import Window
 from .errors import DataError
+from .sources import Source, weights_of
+from .turns import Turns
+from .walk import Walk
 
 Integers = NDArray[np.int64]
 
@@ -46,6 +45,10 @@ class Rows(Protocol):
     @property
     def shard_sizes(self) -> Sequence[int]:
         """Images of each shard."""
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """What the shards belong to; at least one, and together every shard, in order."""
 
     def size(self, row: int) -> tuple[int, int]:
         """(width, height) as displayed."""
@@ -82,9 +85,9 @@ class SamplingPlan:
 
     shards: the data (a ShardSet) · batch_total: pairs of a step over all ranks · slots: divides it; ranks divide slots
     image_ratio: share of cells to mask, or (low, high) drawn for each pair · fraction: keep the rows whose key hashes
-    below this share (nested: a smaller fraction is a subset) · window: shards of a shuffling window ·
+    below this share (nested: a smaller fraction is a subset of each source) · window: shards of a shuffling window ·
     crop_scale, crop_aspect: range of the window's share of the image's area, and of its width / height.
-    Raises DataError where the data is smaller than the number of slots, ValueError for numbers that do not divide.
+    Raises DataError where a source has no image, ValueError for numbers that do not divide.
     """
 
     def __init__(
@@ -108,22 +111,15 @@ class SamplingPlan:
         self.fraction, self.window, self.flip = fraction, window, flip
         self.crop_scale, self.crop_aspect = crop_scale, crop_aspect
 
-        self._kept = _kept_rows(shards, fraction)  # None: every row
-        sizes = shards.shard_sizes if self._kept is None else [len(rows) for rows in self._kept]
-        self._sizes = np.asarray(sizes, np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(np.asarray(shards.shard_sizes, np.int64))])
-        self.images = int(self._sizes.sum())  # rows that the plan walks
-        self.piece = self.images // slots  # rows of a slot in an epoch
-        if self.piece == 0:
-            raise DataError(
-                f"data.train must hold at least one image for each of data.slots={slots}; it holds {self.images} "
-                f"(data.fraction={fraction}). Set data.slots to a divisor of batch.total ({batch_total}) that is at "
-                f"most {self.images}."
-            )
-        # Walking slots keep one window each; a step may touch the next window of each as well.
-        self._windows: OrderedDict[tuple[int, int], Integers] = OrderedDict()
-        self._cached_windows = 2 * slots + 2
-        self._epochs: OrderedDict[int, tuple[Integers, Integers]] = OrderedDict()
+        self.weights = weights_of(shards.sources)
+        rows = _kept_rows(shards, fraction)
+        spans = [source.shards for source in shards.sources] if len(self.weights) > 1 else [range(len(rows))]
+        self._walks = [
+            Walk(seed, number, rows[span.start : span.stop], slots, window) for number, span in enumerate(spans)
+        ]
+        self._turns = Turns(seed, self.weights, slots)
+        self.images = sum(walk.images for walk in self._walks)  # rows that the plan walks
+        self._refuse_empty()
 
     @staticmethod
     def build(config: Any, shards: Rows) -> SamplingPlan:
@@ -152,10 +148,10 @@ class SamplingPlan:
         }  # fmt: skip
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-    @property
-    def epoch_steps(self) -> float:
-        """Steps of one epoch."""
-        return self.piece * self.slots / self.batch_total
+    def epochs(self, steps: int) -> list[float]:
+        """How often so many steps show each image of each source; one number where the sources are one set."""
+        pairs, whole = steps * self.batch_total, sum(self.weights)
+        return [pairs * weight / whole / walk.shown for weight, walk in zip(self.weights, self._walks, strict=True)]
 
     def positions(self, step: int, rank: int = 0, ranks: int = 1) -> Integers:
         """Counters of the pairs that a rank owns at a step: int64 [batch_total / ranks], consecutive."""
@@ -174,57 +170,27 @@ class SamplingPlan:
         return self._show(counters, [self.row(int(counter)) for counter in counters])
 
     def replacement(self, counter: int, attempt: int) -> Draw:
-        """What stands in for a pair whose image fails: the row that its slot gives `attempt` turns later, with the
-        random numbers of this counter. The same on every number of ranks."""
+        """What stands in for a pair whose image fails: the row that its slot gives `attempt` turns of the same source
+        later, with the random numbers of this counter. The same on every number of ranks."""
         return self._show(np.array([counter], np.int64), [self.row(counter, attempt)])[0]
 
     def row(self, counter: int, ahead: int = 0) -> int:
-        """The row of a counter, or the one that its slot gives `ahead` turns later."""
+        """The row of a counter, or the one that its slot gives `ahead` turns of the same source later."""
         step, position = divmod(counter, self.batch_total)
         each = self.batch_total // self.slots
         slot, k = divmod(position, each)
-        epoch, place = divmod(step * each + k + ahead, self.piece)
-        return self._ordered(epoch, slot * self.piece + place)
+        source, turn = self._turns.source(slot, step * each + k)
+        return self._walks[source].row(slot, turn + ahead)
 
-    # --- order -------------------------------------------------------------------------------------------------------
-
-    def _ordered(self, epoch: int, place: int) -> int:
-        """Row number `place` of an epoch's order."""
-        _, ends = self._epoch(epoch)
-        group = int(np.searchsorted(ends, place, side="right"))
-        rows = self._window(epoch, group)
-        return int(rows[place - (int(ends[group - 1]) if group else 0)])
-
-    def _epoch(self, epoch: int) -> tuple[Integers, Integers]:
-        """(shards in the epoch's order, where each window of them ends in the epoch's rows)."""
-        if epoch not in self._epochs:
-            noise = words(self.seed, Stream.SHARD_ORDER, np.array([epoch]), len(self._sizes))[0]
-            order = np.argsort(noise, kind="stable")
-            ends = np.cumsum(self._sizes[order])[self.window - 1 :: self.window]
-            if len(order) % self.window:
-                ends = np.append(ends, self.images)
-            self._epochs[epoch] = order, ends
-            while len(self._epochs) > 3:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
-
-    def _window(self, epoch: int, group: int) -> Integers:
-        """The shuffled rows of one window of an epoch."""
-        found = self._windows.get((epoch, group))
-        if found is None:
-            shards = self._epoch(epoch)[0][group * self.window : (group + 1) * self.window]
-            rows = np.concatenate([self._shard_rows(int(s)) for s in shards])
-            noise = words(self.seed, Stream.WINDOW_ORDER, np.array([(epoch << 32) | group]), len(rows))[0]
-            found = self._windows[epoch, group] = rows[np.argsort(noise, kind="stable")]
-            while len(self._windows) > self._cached_windows:
-                self._windows.popitem(last=False)
-        self._windows.move_to_end((epoch, group))
-        return found
-
-    def _shard_rows(self, shard: int) -> Integers:
-        if self._kept is not None:
-            return self._kept[shard]
-        return np.arange(self._starts[shard], self._starts[shard + 1], dtype=np.int64)
+    def _refuse_empty(self) -> None:
+        """Raise DataError for a source without a single row."""
+        for walk, source in zip(self._walks, self.shards.sources, strict=False):
+            if walk.images == 0:
+                name = f"data.train.{source.name}" if len(self._walks) > 1 else "data.train"
+                raise DataError(
+                    f"{name} must hold at least one image; it holds none (data.fraction={self.fraction:g}). Name other "
+                    "shards, or raise data.fraction."
+                )
 
     # --- what is shown -----------------------------------------------------------------------------------------------
 
@@ -286,15 +252,19 @@ def evaluation_pairs(shards: Any, count: int, seed: int) -> Integers:
     return np.sort(np.argsort(noise, kind="stable")[:count])
 
 
-def _kept_rows(shards: Rows, fraction: float) -> list[Integers] | None:
-    """The rows of each shard whose key hashes below `fraction`; None where that is all of them."""
+def _kept_rows(shards: Rows, fraction: float) -> list[Integers | range]:
+    """The rows of each shard whose key hashes below `fraction`."""
     if not 0 < fraction <= 1:
         raise ValueError(f"data.fraction must be above 0 and at most 1; got {fraction}.")
-    if fraction == 1:
-        return None
-    kept, start = [], 0
+    kept: list[Integers | range] = []
+    start = 0
     for size in shards.shard_sizes:
-        hashes = np.array([shards.key_hash(row) for row in range(start, start + size)], np.int64).view(np.uint64)
-        kept.append(start + np.flatnonzero(hashes < np.uint64(int(fraction * 2**64) & (2**64 - 1))).astype(np.int64))
+        rows = range(start, start + size)
         start += size
+        if fraction == 1:
+            kept.append(rows)
+            continue
+        hashes = np.array([shards.key_hash(row) for row in rows], np.int64).view(np.uint64)
+        below = np.flatnonzero(hashes < np.uint64(int(fraction * 2**64) & (2**64 - 1)))
+        kept.append(rows.start + below.astype(np.int64))
     return kept

@@ -18,17 +18,22 @@ from .index import ShardIndex, index_path, open_indexes, shard_changed
 from .patterns import expand_braces, expand_pattern
 from .reader import ShardReader
 from .shapes import shape_shards
+from .sources import Source, weights_of
 
 SHAPES = "shapes:"
 
 
 class ShardSet:
-    """Rows of several shards. Lookups are O(log shards) and read the indexes in memory; images are read by `pread`."""
+    """Rows of several shards. Lookups are O(log shards) and read the indexes in memory; images are read by `pread`.
 
-    def __init__(self, indexes: Sequence[ShardIndex]) -> None:
+    sources: what the shards belong to, each consecutive ones, in order (none: one source without a name).
+    """
+
+    def __init__(self, indexes: Sequence[ShardIndex], sources: Sequence[Source] = ()) -> None:
         if not indexes:
             raise DataError("a set of shards needs at least one shard; got none.")
         self.indexes = list(indexes)
+        self.sources = tuple(sources) or (Source("", range(len(self.indexes))),)
         self.shard_sizes = tuple(index.images for index in self.indexes)  # images of each shard
         self._starts = [0, *accumulate(self.shard_sizes)]
         self._reader = ShardReader(
@@ -53,24 +58,19 @@ class ShardSet:
         which draws the demo set once, under shapes_folder. Raises DataError: nothing matches, or an index is missing
         or stale (with the command that makes it).
         """
-        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-        paths: list[Path] = []
-        for pattern in patterns:
-            if pattern.startswith(SHAPES):
-                paths += shape_shards(pattern[len(SHAPES) :], shapes_folder, shapes_captions)
-            else:
-                paths += expand_pattern(pattern)
-                _refuse_lost_shards(pattern)
-        repeated = [str(path) for path, times in Counter(paths).items() if times > 1]
-        if repeated:
-            raise DataError(f"each shard must be named once; {', '.join(repeated[:3])} comes twice in {patterns}.")
+        paths = find_shards(patterns, shapes_folder, shapes_captions)
+        refuse_repeated(paths, str(patterns))
         return ShardSet(open_indexes(paths))
 
     @cached_property
     def fingerprint(self) -> str:
-        """What the data is, as hex: a hash over the headers of the indexes, in order. Copies have the same."""
-        digest = blake2b(digest_size=16)
-        for index in self.indexes:
+        """What the data is, as hex: a hash over the headers of the indexes, in order, and over which of them have which
+        weight. Copies have the same, whatever their paths and the names of their sources."""
+        digest, weights = blake2b(digest_size=16), weights_of(self.sources)
+        starts = {source.shards.start: weight for source, weight in zip(self.sources, weights, strict=False)}
+        for shard, index in enumerate(self.indexes):
+            if len(weights) > 1 and shard in starts:
+                digest.update(f"weight {starts[shard]}\n".encode())
             digest.update(index.identity.encode() + b"\n")
         return digest.hexdigest()
 
@@ -85,6 +85,14 @@ class ShardSet:
         """The shard key of the image."""
         shard, i = self.locate(row)
         return self.indexes[shard].text("key", i)
+
+    def name(self, row: int) -> str:
+        """The image as messages name it: its key, after its source where there are several."""
+        if len(self.sources) == 1:
+            return self.key(row)
+        shard, _ = self.locate(row)
+        source = self.sources[bisect_right([source.shards.start for source in self.sources], shard) - 1]
+        return f"{source.name}:{self.key(row)}"
 
     def key_hash(self, row: int) -> int:
         """64 bits of the key, as int64: what data.fraction decides by."""
@@ -183,6 +191,25 @@ class ShardSet:
         if not 0 <= caption < last - first:
             raise IndexError(f"caption must be in 0..{last - first - 1} for {self.key(row)}; got {caption}.")
         return shard, first + caption
+
+
+def find_shards(patterns: Sequence[str] | str, shapes_folder: str, shapes_captions: str) -> list[Path]:
+    """The shards that patterns name, in order; see ShardSet.open."""
+    paths: list[Path] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if pattern.startswith(SHAPES):
+            paths += shape_shards(pattern[len(SHAPES) :], shapes_folder, shapes_captions)
+        else:
+            paths += expand_pattern(pattern)
+            _refuse_lost_shards(pattern)
+    return paths
+
+
+def refuse_repeated(paths: Sequence[Path], where: str) -> None:
+    """Raise DataError for a shard that is named twice."""
+    repeated = [str(path) for path, times in Counter(paths).items() if times > 1]
+    if repeated:
+        raise DataError(f"each shard must be named once; {', '.join(repeated[:3])} comes twice in {where}.")
 
 
 def _refuse_lost_shards(pattern: str) -> None:

@@ -90,16 +90,20 @@ def describe_data(config: Config) -> str:
     """What data.train and data.val name."""
     parts = []
     for split in ("train", "val"):
-        patterns = getattr(config.data, split)
-        if patterns is None:
+        sources = config.data.sources(split)
+        if not sources:
             parts.append(f"data.{split} names none yet")
             continue
-        if any(p.startswith(SHAPES) for p in patterns) and not Path(config.data.shapes_folder).is_dir():
+        if (
+            any(p.startswith(SHAPES) for p in config.data.patterns(split))
+            and not Path(config.data.shapes_folder).is_dir()
+        ):
             parts.append(f"data.{split}: pictures of shapes, which a run draws at its first start")
             continue
         try:
             shards = open_shards(config.data, split)
-            parts.append(f"data.{split}: {shards.images:,} images, {shards.pairs:,} pairs")
+            of = f" of {len(sources)} sources" if len(sources) > 1 else ""
+            parts.append(f"data.{split}: {shards.images:,} images, {shards.pairs:,} pairs{of}")
         except DataError as error:
             parts.append(f"data.{split} cannot be used: {error}")
     return "; ".join(parts) + "; the steps below use made-up pairs"

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .run import RunFolder
 
 FINGERPRINTS = {
-    "data": "the shards hold other pairs (data.train), or were indexed anew with other rules",
+    "data": "the shards hold other pairs, or sources have other weights or another order (data.train), or shards were "
+    "indexed anew with other rules",
     "tokenizer": "the words have other numbers (tokenizer)",
     "architecture": "the model has other parameters (model, masking.mode)",
 }

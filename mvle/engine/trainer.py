@@ -23,6 +23,7 @@ from ..data.batch import Batch
 from ..data.config import open_shards
 from ..data.loader import Loader
 from ..data.plan import SamplingPlan
+from ..data.sources import describe_sources
 from ..data.tokenizer import Tokenizer, build_tokenizer
 from ..evaluation.validation import Validation
 from ..model.flops import step_flops, total
@@ -291,13 +292,15 @@ class Trainer:
     def announce(self, start: int) -> None:
         """One block at the start: what runs, on what, and why so."""
         config = self.config
+        data, *sources = describe_sources(self.shards, self.plan, config.schedule.steps)
         self.parallel.say(
             f"run         {config.run.name} in {self.folder.path}, seed {config.run.seed}, "
             f"{f'goes on from step {start}' if start else 'from the start'} to {config.schedule.steps}\n"
             + describe_build(config, self.parallel, self.arithmetic, self.built)
-            + f"data        {self.shards.images:,} images, {self.shards.pairs:,} pairs, {len(self.shards.shard_sizes)} "
-            f"shards, fingerprint {self.shards.fingerprint[:12]}; {self.tokenizer.vocabulary:,} words\n"
-            f"kernels\n" + "\n".join(f"    {line}" for line in explain().splitlines())
+            + f"data        {data}; {self.tokenizer.vocabulary:,} words\n"
+            + "".join(f"    {line}\n" for line in sources)
+            + "kernels\n"
+            + "\n".join(f"    {line}" for line in explain().splitlines())
         )
 
     def last_validation(self) -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mvle.data.batch import Batch
-from mvle.data.config import DataConfig
+from mvle.data.config import DataConfig, open_shards
 from mvle.data.decode import decode_image, decode_window
 from mvle.data.errors import DataError
 from mvle.data.index import index_path
@@ -99,6 +99,26 @@ def test_a_resumed_loader_goes_on_where_the_other_stopped(shards: ShardSet, toke
     assert len(resumed) == 3
     for a, b in zip(straight[6:], resumed, strict=True):
         assert_same(a, b)
+
+
+def test_a_loader_of_two_sources_resumes_in_the_middle_of_a_period(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    config = DataConfig.model_validate({"train": two_sources(tmp_path)})
+    shards = open_shards(config, "train")
+    straight = list(loader_of(shards, tokenizer, plan_of(shards), steps=9))
+    resumed = list(loader_of(open_shards(config, "train"), tokenizer, plan_of(shards), start_step=6, steps=9))
+    assert {key[:2] for batch in straight for key in batch.keys} == {"a:", "b:"}
+    for a, b in zip(straight[6:], resumed, strict=True):
+        assert_same(a, b)
+
+
+def two_sources(folder: Path) -> dict[str, dict[str, object]]:
+    """a of 5 images, fewer than slots, and b of 20."""
+    named = {}
+    for name, images, weight in (("a", 5, 1), ("b", 20, 2)):
+        (folder / name).mkdir()
+        make_shards(folder / name, [images])
+        named[name] = {"shards": f"{folder}/{name}/*.tar", "weight": weight}
+    return named
 
 
 def test_an_endless_loader_ends_its_threads_when_it_is_left(shards: ShardSet, tokenizer: Tokenizer) -> None:
@@ -208,23 +228,3 @@ def test_spoiling_leaves_the_shard_looking_untouched(tmp_path: Path) -> None:
     spoil(shards, 0)
     assert ShardSet.open([str(shards.shard_path(0))]).images == 2
     assert index_path(shards.shard_path(0)).is_file()
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("crop_scale", [0.5, 1.5], "at most 1"),
-        ("crop_scale", [0.9, 0.5], "0 < low <= high"),
-        ("crop_aspect", [0, 1], "0 < low <= high"),
-        ("fraction", 0, "greater than 0"),
-    ],
-)
-def test_impossible_settings_are_refused(key: str, value: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DataConfig.model_validate({key: value})
-
-
-def test_one_pattern_is_a_list_of_one_and_none_is_null() -> None:
-    assert DataConfig.model_validate({"train": "shapes:train"}).train == ("shapes:train",)
-    assert DataConfig.model_validate({"train": []}).train is None
-    assert [DataConfig().slots_for(total) for total in (32, 512, 48)] == [32, 64, 16]

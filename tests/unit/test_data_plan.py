@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from mvle_kernels.random import Stream, words
 
-from mvle.data.captions import NO_FLIP
 from mvle.data.errors import DataError
-from mvle.data.plan import SamplingPlan, crop_windows, evaluation_pairs
+from mvle.data.plan import crop_windows, evaluation_pairs
 
-
-@dataclass
-class FakeRows:
-    """Rows of shards of given sizes; row r has 1 + r % 3 captions, the last of which says left."""
-
-    shard_sizes: tuple[int, ...] = (40, 25, 0, 60, 33, 42)
-    fingerprint: str = "f"
-    side: tuple[int, int] = (640, 427)
-
-    @property
-    def images(self) -> int:
-        return sum(self.shard_sizes)
-
-    def size(self, row: int) -> tuple[int, int]:
-        return self.side
-
-    def caption_count(self, row: int) -> int:
-        return 1 + row % 3
-
-    def flags(self, row: int, caption: int) -> int:
-        return NO_FLIP if caption == row % 3 else 0
-
-    def key_hash(self, row: int) -> int:
-        return int.from_bytes(hashlib.blake2b(str(row).encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def plan_of(rows: FakeRows | None = None, **changes: object) -> SamplingPlan:
-    options = {"seed": 3, "batch_total": 24, "slots": 12, "window": 2, **changes}
-    return SamplingPlan(rows or FakeRows(), **options)  # type: ignore[arg-type]
+from .fake_rows import FakeRows, plan_of
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])  # divisors of 12 slots, 3 among them
@@ -62,8 +32,8 @@ def test_a_draw_depends_on_its_counter_alone() -> None:
 def test_every_image_comes_once_an_epoch_but_for_the_few_left_over() -> None:
     plan = plan_of(batch_total=12)
     for epoch in range(3):
-        rows = [plan.row(12 * (epoch * plan.piece + i) + slot) for i in range(plan.piece) for slot in range(12)]
-        assert len(set(rows)) == len(rows) == plan.piece * 12 == 192  # of 200
+        rows = [plan.row(12 * (epoch * 16 + i) + slot) for i in range(16) for slot in range(12)]
+        assert len(set(rows)) == len(rows) == 16 * 12 == 192  # of 200
 
 
 def test_epochs_differ_in_order_and_seeds_do() -> None:
@@ -110,16 +80,16 @@ def digest(found: object) -> str:
 def test_a_smaller_fraction_is_a_subset() -> None:
     def kept(fraction: float) -> set[int]:
         plan = plan_of(fraction=fraction, batch_total=1, slots=1)
-        return {plan.row(counter) for counter in range(plan.piece)}
+        return {plan.row(counter) for counter in range(plan.images)}
 
     quarter, half = kept(0.25), kept(0.5)
     assert quarter < half < set(range(200))
     assert 70 < len(half) < 130
 
 
-def test_fewer_images_than_slots_is_an_error_that_names_the_key() -> None:
-    with pytest.raises(DataError, match=r"each of data\.slots=12; it holds 5 .*divisor of batch.total \(24\)"):
-        plan_of(FakeRows(shard_sizes=(5,)))
+def test_a_fraction_that_leaves_no_image_is_an_error_that_names_the_key() -> None:
+    with pytest.raises(DataError, match=r"data\.train must hold at least one image; it holds none .*fraction=1e-09"):
+        plan_of(fraction=1e-9)
 
 
 def test_slots_and_ranks_must_divide() -> None:

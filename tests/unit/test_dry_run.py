@@ -59,6 +59,15 @@ def test_data_that_is_there_is_counted_and_what_is_wrong_with_it_is_said(tmp_pat
     assert sorted(tmp_path.rglob("*")) == files
 
 
+def test_several_sources_are_counted_together(tmp_path: Path, capsys) -> None:
+    for name in ("a", "b"):
+        write_shard(tmp_path / f"{name}.tar")
+    train = {"a": str(tmp_path / "a.tar"), "b": str(tmp_path / "b.tar")}
+    try_out(small_config(tmp_path / "a.tar", tmp_path / "run", data={"train": train}))
+
+    assert "data.train: 24 images, 48 pairs of 2 sources; data.val names none yet" in capsys.readouterr().out
+
+
 def on_ranks(folder: str) -> None:
     nothing = {"data": {"train": None, "val": None}}
     with open(f"{folder}/{os.environ['RANK']}.txt", "w") as file, contextlib.redirect_stdout(file):
