@@ -34,8 +34,6 @@ class Source:
 def weights_of(sources: Sequence[Source]) -> tuple[int, ...]:
     """The weights in lowest terms, as they are written (0.3 and 0.1 are 3 and 1); (1,) where the sources are one set:
     there is one alone, or none has a weight."""
-    if len(sources) < 2:
-        return (1,)
     fractions = [Fraction(repr(source.weight)) for source in sources if source.weight is not None]
     if not fractions:
         return (1,)

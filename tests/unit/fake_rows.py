@@ -59,3 +59,8 @@ def plan_of(rows: FakeRows | None = None, **changes: object) -> SamplingPlan:
     """A small plan of 12 slots, with changes."""
     options = {"seed": 3, "batch_total": 24, "slots": 12, "window": 2, **changes}
     return SamplingPlan(rows or FakeRows(), **options)  # type: ignore[arg-type]
+
+
+def digest(found: object) -> str:
+    """A short hash of what a plan gave, to write down in a test."""
+    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()

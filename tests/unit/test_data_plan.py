@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import pytest
 from mvle_kernels.random import Stream, words
@@ -11,7 +9,7 @@ from mvle_kernels.random import Stream, words
 from mvle.data.errors import DataError
 from mvle.data.plan import crop_windows, evaluation_pairs
 
-from .fake_rows import FakeRows, plan_of
+from .fake_rows import FakeRows, digest, plan_of
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])  # divisors of 12 slots, 3 among them
@@ -71,10 +69,6 @@ def test_one_source_keeps_its_order_and_fingerprint(changes: int) -> None:
     assert plan.fingerprint == fingerprint
     assert digest(plan.draws(np.array(counters))) == drawn
     assert digest([(plan.row(counter), plan.row(counter, 3)) for counter in counters]) == rows
-
-
-def digest(found: object) -> str:
-    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
 
 
 def test_a_smaller_fraction_is_a_subset() -> None:

@@ -14,7 +14,7 @@ from mvle.data.errors import DataError
 from mvle.data.sources import Source, weights_of
 from mvle.data.turns import PERIOD, Turns
 
-from .fake_rows import FakeRows, fake_sources, plan_of, source_of
+from .fake_rows import FakeRows, digest, fake_sources, plan_of, source_of
 
 THREE = [(40, 25), (60, 33, 42), (7,)]  # 65, 135 and 7 images; the last has fewer than 12 slots
 WEIGHTS = (3.0, 2.0, 1.0)
@@ -125,6 +125,12 @@ def test_a_replacement_is_the_next_row_of_the_same_source_and_slot() -> None:
             source = source_of(rows, walked[turn])
             later = [row for row in walked[turn + 1 :] if source_of(rows, row) == source]
             assert [plan.replacement(12 * turn + slot, n).row for n in (1, 2)] == later[:2]
+
+
+def test_the_order_of_weighted_sources_is_the_one_that_was_written_down() -> None:
+    # If this fails, runs that were interrupted cannot go on as they were.
+    plan = plan_of(fake_sources([(40, 25, 30), (60, 33, 42), (7,)], WEIGHTS))
+    assert digest([plan.row(counter) for counter in range(4000)]) == "d52682cd655e6f33"
 
 
 def test_sources_without_weights_are_one_set() -> None:
