@@ -90,7 +90,16 @@ class DataConfig(Section):
         """Sources by name; one that is null is left out, so that an override can do that."""
         if not isinstance(value, Mapping):
             return value
-        return {str(name): _source(str(name), given) for name, given in value.items() if given is not None}
+        found, problems = {}, []
+        for name, given in value.items():
+            try:
+                if given is not None:
+                    found[name] = _source(name, given)
+            except NamedMistakes as mistakes:
+                problems.append(str(mistakes))
+        if problems:
+            raise NamedMistakes("\n".join(problems))
+        return found
 
     @field_validator("train")
     @classmethod
@@ -158,9 +167,13 @@ def open_shards(config: DataConfig, split: Literal["train", "val", "test"]) -> S
     return ShardSet(open_indexes(paths), sources)
 
 
-def _source(name: str, given: Any) -> SourceConfig:
+def _source(name: Any, given: Any) -> SourceConfig:
     """What data.train says of a source. Raises NamedMistakes."""
     key = f"data.train.{name}"
+    if not isinstance(name, str):  # an override of data.train.2017.weight would mean another source than 2017
+        raise NamedMistakes(
+            f"config key data.train: expected names that are text; got {shown(name)}. Put it in quotes."
+        )
     if not re.fullmatch(r"[\w-]+", name):
         raise NamedMistakes(f"config key data.train: expected names of letters, digits, _ and -; got {name!r}.")
     if isinstance(given, SourceConfig):

@@ -118,7 +118,8 @@ class SamplingPlan:
             Walk(seed, number, rows[span.start : span.stop], slots, window) for number, span in enumerate(spans)
         ]
         self._turns = Turns(seed, self.weights, slots)
-        self.images = sum(walk.images for walk in self._walks)  # rows that the plan walks
+        self.source_images = [walk.images for walk in self._walks]  # rows that the plan walks
+        self.images = sum(self.source_images)
         self._refuse_empty()
 
     @staticmethod

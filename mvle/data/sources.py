@@ -60,7 +60,8 @@ def describe_sources(shards: ShardSet, plan: SamplingPlan, steps: int) -> list[s
     weights = plan.weights
     for number, source in enumerate(shards.sources):
         images = sum(shards.shard_sizes[shard] for shard in source.shards)
-        line = f"{source.name:<{width}}  {images:,} images, {len(source.shards)} shards"
+        of = f"{plan.source_images[number]:,} of " if mixed and plan.fraction < 1 else ""
+        line = f"{source.name:<{width}}  {of}{images:,} images, {len(source.shards)} shards"
         if mixed:
             share = weights[number] / sum(weights)
             line += f", weight {source.weight:g}: {share:.1%} of the pairs, {epochs[number]:.3g} epochs"

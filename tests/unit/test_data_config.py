@@ -101,6 +101,7 @@ def test_help_names_the_keys_of_a_source() -> None:
         ("{coco: {weight: 3}}", "data.train.coco.shards: expected the shards of this source; got none."),
         ("{coco: 3}", "data.train.coco: expected shards, or shards and weight; got 3 (int)."),
         ("{a.b: x.tar}", "data.train: expected names of letters, digits, _ and -; got 'a.b'."),
+        ("{2017: a.tar}", "data.train: expected names that are text; got 2017 (int). Put it in quotes."),
         (
             "{coco: {shards: a.tar, weight: 3}, sbu: b.tar, cc3m: c.tar}",
             "data.train: expected a weight for each source, or for none; sbu, cc3m got none.",
@@ -117,10 +118,11 @@ def test_a_mistake_in_a_source_is_named(train: str, message: str) -> None:
 
 def test_mistakes_of_several_sources_come_with_those_of_other_sections() -> None:
     with pytest.raises(ConfigError) as error:
-        load_config(None, ["data.train={coco: {shards: 3, weight: -1}}", "optim.lr=-1"])
+        load_config(None, ["data.train={coco: {shards: 3, weight: -1}, sbu: 3}", "optim.lr=-1"])
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
         "config key data.train.coco.shards",
         "config key data.train.coco.weight",
+        "config key data.train.sbu",
         "config key optim.lr",
     ]
 
@@ -244,3 +246,7 @@ def test_the_start_of_a_run_lists_its_sources(sets: Path) -> None:
 
     (head,) = lines(patterns["cc3m"], fraction=0.5)
     assert " of them by data.fraction=0.5), 60 pairs, 1 shards" in head
+    weighted = {name: {"shards": pattern, "weight": 1} for name, pattern in patterns.items()}
+    head, *parts = lines(weighted, fraction=0.5)
+    used = [int(part.split(" of ")[0].split()[-1]) for part in parts]
+    assert sum(used) < 39 and f"39 images ({sum(used)} of them by" in head
