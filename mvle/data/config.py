@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -14,8 +13,8 @@ from ..config_keys import NamedMistakes, checked, shown
 from ..section import Section
 from .decode import MAX_PIXELS
 from .errors import DataError
-from .index import open_indexes
-from .shards import ShardSet, find_shards, refuse_repeated
+from .index import ShardIndex
+from .shards import ShardSet
 from .sources import Source
 
 MOST_SOURCES = 256  # their number is eight bits of what their order is drawn by
@@ -157,14 +156,19 @@ def open_shards(config: DataConfig, split: Literal["train", "val", "test"]) -> S
     named = config.sources(split)
     if not named:
         raise DataError(f"data.{split} must name shards; it is null. Try data.{split}=shapes:{split}.")
-    paths: list[Path] = []
-    sources = []
+    indexes: list[ShardIndex] = []
+    sources: list[Source] = []
+    owners: dict[Any, str] = {}
     for name, source in named.items():
-        found = find_shards(source.shards, config.shapes_folder, config.shapes_captions)
-        sources.append(Source(name, range(len(paths), len(paths) + len(found)), source.weight))
-        paths += found
-    refuse_repeated(paths, f"data.{split}")
-    return ShardSet(open_indexes(paths), sources)
+        found = ShardSet.open(source.shards, config.shapes_folder, config.shapes_captions).indexes
+        for index in found:
+            if (other := owners.setdefault(index.path, name)) != name:
+                raise DataError(
+                    f"a shard must belong to one source; {index.path} is in data.{split}.{other} and .{name}."
+                )
+        sources.append(Source(name, range(len(indexes), len(indexes) + len(found)), source.weight))
+        indexes += found
+    return ShardSet(indexes, sources)
 
 
 def _source(name: Any, given: Any) -> SourceConfig:

@@ -58,8 +58,17 @@ class ShardSet:
         which draws the demo set once, under shapes_folder. Raises DataError: nothing matches, or an index is missing
         or stale (with the command that makes it).
         """
-        paths = find_shards(patterns, shapes_folder, shapes_captions)
-        refuse_repeated(paths, str(patterns))
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        paths: list[Path] = []
+        for pattern in patterns:
+            if pattern.startswith(SHAPES):
+                paths += shape_shards(pattern[len(SHAPES) :], shapes_folder, shapes_captions)
+            else:
+                paths += expand_pattern(pattern)
+                _refuse_lost_shards(pattern)
+        repeated = [str(path) for path, times in Counter(paths).items() if times > 1]
+        if repeated:
+            raise DataError(f"each shard must be named once; {', '.join(repeated[:3])} comes twice in {patterns}.")
         return ShardSet(open_indexes(paths))
 
     @cached_property
@@ -191,25 +200,6 @@ class ShardSet:
         if not 0 <= caption < last - first:
             raise IndexError(f"caption must be in 0..{last - first - 1} for {self.key(row)}; got {caption}.")
         return shard, first + caption
-
-
-def find_shards(patterns: Sequence[str] | str, shapes_folder: str, shapes_captions: str) -> list[Path]:
-    """The shards that patterns name, in order; see ShardSet.open."""
-    paths: list[Path] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if pattern.startswith(SHAPES):
-            paths += shape_shards(pattern[len(SHAPES) :], shapes_folder, shapes_captions)
-        else:
-            paths += expand_pattern(pattern)
-            _refuse_lost_shards(pattern)
-    return paths
-
-
-def refuse_repeated(paths: Sequence[Path], where: str) -> None:
-    """Raise DataError for a shard that is named twice."""
-    repeated = [str(path) for path, times in Counter(paths).items() if times > 1]
-    if repeated:
-        raise DataError(f"each shard must be named once; {', '.join(repeated[:3])} comes twice in {where}.")
 
 
 def _refuse_lost_shards(pattern: str) -> None:

@@ -11,13 +11,14 @@ import yaml
 from mvle.config import Config, ConfigError, describe, differences, load_config
 from mvle.data.config import DataConfig, open_shards
 from mvle.data.errors import DataError
+from mvle.data.indexing import index_shard
 from mvle.data.loader import BadImageError, Loader, evaluation_batch
 from mvle.data.plan import SamplingPlan
 from mvle.data.shards import ShardSet
 from mvle.data.sources import describe_sources
 from mvle.data.tokenizer import train_bpe
 
-from .data_files import make_shards, spoil
+from .data_files import make_shards, spoil, write_shard
 
 TWO = "data.train={coco: {shards: a.tar, weight: 1}, cc3m: {shards: [b.tar, c.tar], weight: 3}}"
 
@@ -194,8 +195,16 @@ def test_shards_that_move_between_sources_change_the_fingerprint(sets: Path) -> 
 
 def test_a_shard_belongs_to_one_source(sets: Path) -> None:
     named = {"a": f"{sets}/coco/*.tar", "b": f"{sets}/coco/part-000.tar"}
-    with pytest.raises(DataError, match=r"named once; .*coco/part-000\.tar comes twice in data\.train"):
+    with pytest.raises(DataError, match=r"one source; .*coco/part-000\.tar is in data\.train\.a and \.b"):
         open_shards(DataConfig.model_validate({"train": named}), "train")
+
+
+def test_a_source_without_a_usable_image_is_refused(sets: Path) -> None:
+    (sets / "none").mkdir()
+    path = write_shard(sets / "none" / "x.tar", [("bad", {"jpg": b"no image", "txt": b"a caption"})])
+    index_shard(path)
+    with pytest.raises(DataError, match=r"hold no usable image \(.*none/x\.tar"):
+        open_shards(two_sources(sets, coco=None, none=None), "train")
 
 
 def test_keys_of_a_batch_name_the_source(sets: Path) -> None:
