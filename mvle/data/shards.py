@@ -24,12 +24,10 @@ SHAPES = "shapes:"
 
 
 class ShardSet:
-    """Rows of several shards. Lookups are O(log shards) and read the indexes in memory; images are read by `pread`.
-
-    sources: what the shards belong to, each consecutive ones, in order (none: one source without a name).
-    """
+    """Rows of several shards. Lookups are O(log shards) and read the indexes in memory; images are read by `pread`."""
 
     def __init__(self, indexes: Sequence[ShardIndex], sources: Sequence[Source] = ()) -> None:
+        """sources: what the shards belong to, each consecutive ones, in order (none: one source without a name)."""
         if not indexes:
             raise DataError("a set of shards needs at least one shard; got none.")
         self.indexes = list(indexes)
