@@ -29,7 +29,7 @@ from . import triton_support
 from .attention_libraries import installed, refuse_varlen, refuse_xformers, unasked_triton, varlen, xformers
 from .dispatch import Op
 from .layout import equal_length, may_be_empty, pad, pad_index, padded_length, unpad
-from .packed import Packed
+from .packed import Packed, once
 from .patches import sum_into
 
 ATTENTION = Op("ragged_attention")
@@ -60,18 +60,15 @@ class AttentionPlan:
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The dense backend's batches."""
-        if "segments" not in self.cache:
-            self.cache["segments"] = _segments(self)
-        return self.cache["segments"]
+        return once(self.cache, "segments", lambda: _segments(self))
 
     @property
     def readers(self) -> Tensor:
         """Who reads which context, for a backward: `readers_of`. Only with a kv_index."""
-        if "readers" not in self.cache:
-            assert self.kv_index is not None, "without kv_index each context has one reader"
-            queries = padded_length(self.q)
-            self.cache["readers"] = readers_of(self.kv_index, self.k.sequences, readers_a_chunk(queries))
-        return self.cache["readers"]
+        index = self.kv_index
+        assert index is not None, "without kv_index each context has one reader"
+        a_chunk = readers_a_chunk(padded_length(self.q))
+        return once(self.cache, "readers", lambda: readers_of(index, self.k.sequences, a_chunk))
 
 
 def attention_plan(q: Packed, k: Packed, kv_index: Tensor | None = None) -> AttentionPlan:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import triton_support
 from .layout import has_tail, may_be_empty, padded_length
-from .packed import row_index
+from .packed import once, row_index
 
 if TYPE_CHECKING:
     from .attention import AttentionPlan
@@ -186,9 +186,9 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """The backend. It wants a batch of one, and buffers without tails."""
     attend, mask_of = _xformers_parts()
     assert plan.q.lengths is not None and plan.k.lengths is not None
-    if "xformers" not in plan.cache:  # it copies its offsets to the device: once a plan
-        plan.cache["xformers"] = mask_of(list(plan.q.lengths), list(plan.k.lengths), device=q.device)
-    queries, keys, mask = sum(plan.q.lengths), sum(plan.k.lengths), plan.cache["xformers"]
+    lengths = list(plan.q.lengths), list(plan.k.lengths)
+    mask = once(plan.cache, "xformers", lambda: mask_of(*lengths, device=q.device))  # copies offsets to the device
+    queries, keys = map(sum, lengths)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q[:queries], k[:keys], v[:keys]))
     out = attend(q[None], k[None], v[None], attn_bias=mask)[0]
     tail = plan.q.total - queries

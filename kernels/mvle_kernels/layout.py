@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packed import Packed, row_index
+from .packed import Packed, once, row_index
 
 
 def equal_length(layout: Packed) -> int | None:
@@ -32,21 +32,25 @@ def pad_index(layout: Packed) -> tuple[Tensor, Tensor]:
     """(rows int64 [S * L], valid bool [S, L]). A slot past the end of a sequence repeats the sequence's own last row,
     so that a broken sequence cannot leak into another through the padding. The slots of an empty sequence point at rows
     of others: whoever gathers puts zeros there (`may_be_empty`)."""
-    if "pad_index" not in layout.cache:
+
+    def make() -> tuple[Tensor, Tensor]:
         offsets = layout.offsets.long()
         slots = torch.arange(padded_length(layout), device=offsets.device)
         lengths = (offsets[1:] - offsets[:-1])[:, None]
         rows = offsets[:-1, None] + torch.minimum(slots, (lengths - 1).clamp(min=0))
-        layout.cache["pad_index"] = (rows.clamp(max=max(layout.total - 1, 0)).flatten(), slots < lengths)
-    return layout.cache["pad_index"]
+        return rows.clamp(max=max(layout.total - 1, 0)).flatten(), slots < lengths
+
+    return once(layout.cache, "pad_index", make)
 
 
 def unpad_index(layout: Packed) -> tuple[Tensor, Tensor]:
     """(slots int64 [T] into the S * L padded rows, real bool [T]); tail rows point at slot 0."""
-    if "unpad_index" not in layout.cache:
+
+    def make() -> tuple[Tensor, Tensor]:
         sequence, position, real = row_index(layout)
-        layout.cache["unpad_index"] = ((sequence * padded_length(layout) + position) * real, real)
-    return layout.cache["unpad_index"]
+        return (sequence * padded_length(layout) + position) * real, real
+
+    return once(layout.cache, "unpad_index", make)
 
 
 def has_tail(layout: Packed) -> bool:

@@ -7,13 +7,15 @@ A layout is a Packed without rows: `Packed.layout_of(...)`, then `layout.with_ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def round_up(total: int, multiple: int) -> int:
@@ -127,16 +129,27 @@ class Packed:
         return replace(self, rows=rows, offsets=offsets, cache={})
 
 
+def once(cache: dict[str, Any], name: str, make: Callable[[], T]) -> T:
+    """What a cache has under this name; made if it is not there, and never as inference mode would: a layout that was
+    evaluated with first is trained with later, and autograd keeps no tensor that was made there."""
+    if name not in cache:
+        with torch.inference_mode(False):
+            cache[name] = make()
+    return cache[name]
+
+
 def row_index(layout: Packed) -> tuple[Tensor, Tensor, Tensor]:
     """For each of the T rows: (sequence int64, position in it int64, real bool). Tail rows: sequence S, position 0."""
-    if "row_index" not in layout.cache:
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
         rows = torch.arange(layout.total, device=layout.offsets.device)
         offsets = layout.offsets.long()
         sequence = torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
         real = sequence < layout.sequences
         position = (rows - offsets[sequence.clamp(max=layout.sequences)]) * real
-        layout.cache["row_index"] = (sequence, position, real)
-    return layout.cache["row_index"]
+        return sequence, position, real
+
+    return once(layout.cache, "row_index", make)
 
 
 def concatenate(parts: Sequence[Packed], row_multiple: int = 1) -> Packed:

@@ -308,9 +308,10 @@ def expanded_rows(index: Tensor, source: Packed, target: Packed) -> Tensor:
     """Row of `source` for each row of `target`, int64 [T]; row 0 for the tail. Made once for an index and a layout."""
     known = target.cache.get("expanded_rows")
     if known is None or known[0] is not index or known[1] is not source.offsets:
-        sequence, position, real = row_index(target)
-        which = index.long()[sequence.clamp(max=index.numel() - 1)]
-        known = (index, source.offsets, (source.offsets.long()[which] + position) * real)
+        with torch.inference_mode(False):  # as `once` has it
+            sequence, position, real = row_index(target)
+            which = index.long()[sequence.clamp(max=index.numel() - 1)]
+            known = (index, source.offsets, (source.offsets.long()[which] + position) * real)
         target.cache["expanded_rows"] = known
     return known[2]
 

@@ -182,3 +182,14 @@ def test_what_does_not_fit_is_refused_with_the_shapes() -> None:
     plan = attention_plan(q, q)
     with pytest.raises(ValueError, match="plan was made for 3 query and 3 key rows; got 3 and 2"):
         ragged_attention(*values, q.offsets, k.offsets, 2, 2, plan=plan)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_that_was_evaluated_with_first_is_trained_with_later(case: str) -> None:
+    q_lengths, k_lengths, index = CASES[case]
+    q, k = layout(q_lengths, tail=2), layout(k_lengths, tail=2)
+    run = attention(q, k, None if index is None else torch.tensor(index))
+    values = [x.float() for x in inputs(q, k)]  # in float64 SDPA keeps a copy of what the plan keeps
+    with torch.inference_mode(), use_backend("dense"):
+        run(*values)
+    assert_backends_agree(run, values, 1e-5)
