@@ -4,8 +4,10 @@ Math     z = x W^T + b over the first `vocabulary` rows of W;   loss = sum over 
          dz = softmax(z) - onehot(t);  dx = dz W;  dW = dz^T x;  db = sum dz.
          rank: words that a stable sort by falling score puts before the target; it is right where that is 0.
 Cost     three products of 2 R C D FLOPs; one logits buffer of R C, overwritten by its gradient in the forward.
-Exact    float32 accumulation (float64 stays float64); ignored rows get zero gradient; the padded vocabulary tail (so
-         that C is a multiple of 128) is never scored and never learns.
+Exact    products in the dtype of the rows, whatever that of the weight, and whether or not autocast is on: it would
+         make float32 logits bfloat16. Each gradient has the dtype of its input, and is not rounded to a narrower one
+         before. float32 accumulation (float64 stays float64); ignored rows get zero gradient; the padded vocabulary
+         tail (so that C is a multiple of 128) is never scored and never learns.
 Limits   first derivatives only.
 Measured not yet measured on a GPU
 """
@@ -23,6 +25,19 @@ from .dispatch import Op
 
 TOKEN_LOSS = Op("masked_token_loss")
 Found = tuple[Tensor, Tensor, Tensor, Tensor | None]  # loss, count, correct; ranks if they are asked for
+
+
+def as_given(device: torch.device) -> torch.autocast:
+    """Products in the dtypes of their operands, also where autocast is on."""
+    return torch.autocast("cuda" if device.type == "cuda" else "cpu", enabled=False)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, summed in float32 and rounded to `dtype` once."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    compute = torch.promote_types(a.dtype, dtype)
+    return torch.mm(a.to(compute), b.to(compute)).to(dtype)
 
 
 def ranks_of(z: Tensor, label: Tensor, real: Tensor) -> Tensor:
@@ -69,7 +84,8 @@ class _TokenLoss(torch.autograd.Function):
         compute = torch.promote_types(rows.dtype, torch.float32)
         real = targets != ignore
         label = torch.where(real, targets, 0).long()[:, None]
-        z = (rows @ weight[:vocabulary].T).to(compute)
+        with as_given(rows.device):
+            z = (rows @ weight[:vocabulary].to(rows.dtype).T).to(compute)
         if bias is not None:
             z += bias[:vocabulary].to(compute)
         best = z.argmax(1) if len(z) else targets.new_zeros(0)
@@ -91,12 +107,16 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         dz, rows, weight, bias = ctx.saved_tensors
         grad, d_rows, d_weight, d_bias = grad.to(rows.dtype), None, None, None
-        if ctx.needs_input_grad[0]:
-            d_rows = (dz @ weight[: ctx.vocabulary]).mul_(grad)
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.empty_like(weight)
-            torch.mm(dz.T, rows * grad, out=d_weight[: ctx.vocabulary])  # [R, D] is scaled, not [C, D]
-            d_weight[ctx.vocabulary :].zero_()
+        with as_given(rows.device):
+            if ctx.needs_input_grad[0]:
+                d_rows = (dz @ weight[: ctx.vocabulary].to(rows.dtype)).mul_(grad)
+            if ctx.needs_input_grad[1]:
+                d_weight, scaled = torch.empty_like(weight), rows * grad  # [R, D] is scaled, not [C, D]
+                if weight.dtype == rows.dtype:
+                    torch.mm(dz.T, scaled, out=d_weight[: ctx.vocabulary])
+                else:
+                    d_weight[: ctx.vocabulary] = product(dz.T, scaled, weight.dtype)
+                d_weight[ctx.vocabulary :].zero_()
         if bias is not None and ctx.needs_input_grad[2]:
             d_bias = torch.zeros_like(bias)
             d_bias[: ctx.vocabulary] = dz.sum(0, dtype=torch.promote_types(dz.dtype, torch.float32)) * grad
@@ -109,7 +129,8 @@ def _reference(
 ) -> Found:
     compute = torch.promote_types(rows.dtype, torch.float32)
     scored = None if bias is None else bias[:vocabulary].to(compute)
-    z = F.linear(rows.to(compute), weight[:vocabulary].to(compute), scored)
+    with as_given(rows.device):
+        z = F.linear(rows.to(compute), weight[:vocabulary].to(compute), scored)
     real = targets != ignore
     loss = F.cross_entropy(z, targets.long(), ignore_index=ignore, reduction="sum")
     correct = ((z.argmax(1) == targets) & real).sum() if len(z) else real.sum()
@@ -155,7 +176,9 @@ def masked_token_loss(
 
     rows [R, D]; weight [C, D]; bias [C] or None; targets int64 [R], `ignore` where there is none;
     vocabulary: words scored (default C; less where C was padded); ranks: also give int32 [R], how many words stand
-    before the target when they are sorted by score (-1: no target). Raises ValueError for shapes that do not fit.
+    before the target when they are sorted by score (-1: no target). Rows may be narrower than the weight: bfloat16 rows
+    over a float32 weight, as mixed precision has them, are multiplied in bfloat16, and the gradient of the weight is
+    float32. Autocast changes nothing. Raises ValueError for shapes that do not fit.
     """
     vocabulary = weight_CD.shape[0] if vocabulary is None else vocabulary
     if rows_RD.dim() != 2 or rows_RD.shape[1] != weight_CD.shape[1] or targets.shape != rows_RD.shape[:1]:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .launches import config
 from .recipes import RECIPES
+from .token_loss import as_given, product
 from .triton_support import allocate, define, launch, power_of_2
 
 # ---- launch choice --------------------------------------------------------------------------------------------------
@@ -149,19 +150,6 @@ def token_loss_kernel(
 # ---- launcher -------------------------------------------------------------------------------------------------------
 
 
-def _as_given(device: torch.device) -> torch.autocast:
-    """Products in the dtypes of their operands, also where autocast is on: it would make float32 logits bfloat16."""
-    return torch.autocast("cuda" if device.type == "cuda" else "cpu", enabled=False)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, summed in float32 and rounded to `dtype` once."""
-    if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    compute = torch.promote_types(a.dtype, dtype)
-    return torch.mm(a.to(compute), b.to(compute)).to(dtype)
-
-
 def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
     """total += a b in float32; fresh: whatever total was before, it is a b."""
     beta = 0.0 if fresh else 1.0
@@ -225,7 +213,7 @@ def forward(
     logits = allocate((R, C), dtype, device)
     partial = allocate((R,), torch.float32, device)
     ranks = allocate((R,), torch.int32, device)
-    with _as_given(device):
+    with as_given(device):
         cast = None if bias is None else bias.to(dtype)
         score(rows, weight.to(dtype), cast, targets, ignore, vocabulary, with_slope, logits, partial, ranks)
     return *_sums(partial, ranks), ranks, logits if with_slope else logits.new_empty(0, C)
@@ -250,7 +238,7 @@ def forward_chunked(
     d_rows = allocate((R if learns[0] else 0, D), torch.float32, device)
     d_weight = allocate((C if learns[1] else 0, D), torch.float32, device)
     d_bias = torch.zeros(C if learns[2] else 0, dtype=torch.float32, device=device)
-    with _as_given(device):
+    with as_given(device):
         cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         for start in range(0, R, chunk):
             part = slice(start, min(start + chunk, R))
@@ -299,12 +287,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     slope, rows, weight = ctx.saved_tensors
     d_rows = d_weight = d_bias = None
-    with _as_given(rows.device):
+    with as_given(rows.device):
         if ctx.needs_input_grad[0]:
-            d_rows = (_product(slope, weight.to(rows.dtype), torch.float32) * gradient).to(rows.dtype)
+            d_rows = (product(slope, weight.to(rows.dtype), torch.float32) * gradient).to(rows.dtype)
         if ctx.needs_input_grad[1]:
             scaled = (rows.float() * gradient).to(rows.dtype)  # [R, D] is scaled, not [C, D]
-            d_weight = _product(slope.T, scaled, weight.dtype)
+            d_weight = product(slope.T, scaled, weight.dtype)
             d_weight[ctx.vocabulary :].zero_()
         if ctx.needs_input_grad[2]:
             d_bias = (slope.sum(0, dtype=torch.float32) * gradient).to(ctx.bias_dtype)
