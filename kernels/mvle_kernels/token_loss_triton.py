@@ -230,9 +230,9 @@ def forward_chunked(
     learns: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, count, correct, ranks [R], and in float32 the gradients of rows, weight and bias, for a gradient of the
-    loss of 1). learns: which of the three are asked for; the others have length 0."""
+    loss of 1). chunk: fewer than R rows. learns: which of the three are asked for; the others have length 0."""
     (R, D), C, dtype, device = rows.shape, weight.shape[0], rows.dtype, rows.device
-    logits = allocate((min(chunk, R), C), dtype, device)
+    logits = allocate((chunk, C), dtype, device)
     partial = allocate((R,), torch.float32, device)
     ranks = allocate((R,), torch.int32, device)
     d_rows = allocate((R if learns[0] else 0, D), torch.float32, device)
@@ -253,8 +253,6 @@ def forward_chunked(
                 _add_product(d_weight, z.T, x, fresh=start == 0)
             if learns[2]:
                 d_bias += z.sum(0, dtype=torch.float32)
-    if R == 0:
-        d_weight.zero_()
     d_weight[vocabulary:].zero_()  # 0 times a row that is not a number would be none
     return *_sums(partial, ranks), ranks, d_rows, d_weight, d_bias
 
