@@ -68,11 +68,11 @@ def views(pair: Pair, which: Sequence[str | Packed], multiple: int = 16) -> Call
     return lambda *given: embed_views(*given, *pair, which, multiple).rows
 
 
-def insertion(pair: Pair, multiple: int = 16) -> tuple[Callable[..., Tensor], int]:
+def insertion(pair: Pair, multiple: int = 16, tail: int = 1) -> tuple[Callable[..., Tensor], int]:
     """The op over rows, mask token and positions; how many rows it takes."""
     keep, masked = pair
     assert keep.lengths is not None
-    rows = layout([n + 1 for n in keep.lengths], 8, tail=1).to(DEVICE)
+    rows = layout([n + 1 for n in keep.lengths], 8, tail).to(DEVICE)
     return lambda x, token, p: insert_mask_tokens(rows.with_rows(x), masked, token, p, multiple).rows, rows.total
 
 
@@ -227,6 +227,12 @@ def test_insertion_of_wide_and_of_strided_rows_and_of_many() -> None:
     assert_equals_reference(run, [numbers(total, 3).T.contiguous().T, numbers(3), numbers(3, 3).T.contiguous().T])
 
 
+@pytest.mark.parametrize("tail", [20, 23, 24, 25, 100])  # one program of each of 3 positions takes 8 rows at a time
+def test_insertion_of_rows_with_a_long_tail(tail: int) -> None:
+    run, total = insertion(masks(2, [1, 0]), tail=tail)
+    assert_equals_reference(run, [numbers(total, 5), numbers(5, seed=1), numbers(3, 5, seed=2)])
+
+
 def test_offsets_of_more_than_32_bits_in_insertion() -> None:
     from mvle_kernels.insert_triton import backward, forward
 
@@ -294,6 +300,27 @@ def test_far_gradients_of_repetition_and_lengths_that_only_the_device_knows() ->
     assert torch.equal(got, torch.cat([gradient[2:], gradient[:2], gradient[:1] * 0]))
     source = forget_lengths(layout([2, 4, 1], 8), 5)
     assert_equals_reference(repetition(source, [2, 1, 1, 0]), [numbers(8, 3)])
+
+
+@pytest.mark.parametrize("capacity", [9, 7, 5, 1])  # within a sequence, at the ends of two, within the first
+def test_what_a_small_capacity_cuts_off_is_neither_written_nor_learnt_from(capacity: int) -> None:
+    from mvle_kernels.expand_triton import backward
+
+    source = layout([2, 5, 1], 8).to(DEVICE)
+    index = torch.tensor([1, 0, 1, 2], dtype=torch.int32, device=DEVICE)
+    rows = numbers(source.total, 3)
+    whole, cut = expand_layout(source, index, 16), expand_layout(source, index, capacity)
+    with use_backend("triton"), guards():
+        out = expand(source.with_rows(guarded(rows)), index, cut).rows
+    with use_backend("reference"):
+        leaf = rows.clone().requires_grad_()
+        expected = expand(source.with_rows(leaf), index, whole).rows[:capacity]
+    assert out.equal(expected)
+
+    gradient = guarded(numbers(capacity, 3, seed=1))  # behind its rows lies what is not a number
+    with guards():
+        found = backward(gradient, index, source.offsets, cut.offsets, source.total, 5)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, leaf, gradient)[0])
 
 
 def test_repetition_does_not_read_what_nobody_asked_for() -> None:
