@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # compute capability: bfloat16 products
@@ -175,6 +175,15 @@ def _without_lists(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _tell_counters(packet: Any, formula: Callable[..., int]) -> None:
+    """A FLOP counter knows the formulas that were there when it was made: one that waits for an op's first call, with
+    which the op is defined, learns its formula here."""
+    for mode in _get_current_dispatch_mode_stack():
+        known = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if known is not None:
+            known.setdefault(packet, formula)
+
+
 def define(
     name: str,
     schema: str,
@@ -196,13 +205,15 @@ def define(
     """
     op = torch.library.custom_op(f"mvle::{name}", forward, mutates_args=(), schema=schema)
     op.register_fake(fake)
+    packet, formula = getattr(torch.ops.mvle, name), None
     if flops is not None:
         from torch.utils.flop_counter import register_flop_formula
 
         def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
             return flops(*args, **kwargs)
 
-        register_flop_formula(getattr(torch.ops.mvle, name), get_raw=True)(count)
+        register_flop_formula(packet, get_raw=True)(count)
+        formula = count
     direct: Callable[..., Any] = forward
     if backward is not None:
         assert setup is not None, f"mvle::{name} has a backward and nothing that keeps what it reads"
@@ -213,7 +224,12 @@ def define(
         direct = function.apply
 
     def call(*args: Any) -> Any:
-        watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-        return op(*args) if watched else direct(*args)
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if _get_current_dispatch_mode() is None:
+            return direct(*args)
+        if formula is not None:
+            _tell_counters(packet, formula)
+        return op(*args)
 
     return call
