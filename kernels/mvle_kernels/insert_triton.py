@@ -117,8 +117,10 @@ def insert_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One position in a chunk of the images; programs behind the last chunk make the tail zero."""
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    p, chunk = tl.program_id(1), tl.program_id(2)
+    columns: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0)
+    d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    p, chunk = program // columns % P, program // columns // P
     kind = of_rows.dtype.element_ty
     if chunk * CHUNK < images:
         covered = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -187,7 +189,7 @@ def backward(gradient: Tensor, place: Tensor, starts: Tensor, total: int, dtype:
     )
     launch(
         insert_backward_kernel,
-        (-(-D // chosen["BLOCK_D"]), P, chunks + 1),
+        (-(-D // chosen["BLOCK_D"]) * P * (chunks + 1),),
         chosen,
         gradient=gradient,
         place=place,

@@ -175,8 +175,10 @@ def embed_backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One position in a chunk of the images."""
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    p, chunk = tl.program_id(1), tl.program_id(2)
+    columns: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0)
+    d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    p, chunk = program // columns % P, program // columns // P
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     covered = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for start in range(0, CHUNK, ROWS):
@@ -279,7 +281,7 @@ def backward(gradient: Tensor, place: Tensor, masked: bool, dtype: torch.dtype) 
     chosen: Mapping[str, int] = config("embed_views_backward", device, gradient.dtype, {"d": D}, backward_rule(D))
     launch(
         embed_backward_kernel,
-        (-(-D // chosen["BLOCK_D"]), P, chunks),
+        (-(-D // chosen["BLOCK_D"]) * P * chunks,),
         chosen,
         gradient=gradient,
         place=place,
