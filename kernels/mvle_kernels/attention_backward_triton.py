@@ -47,6 +47,8 @@ def rule(max_q: int, max_k: int, head: int, arch: str, dtype: torch.dtype) -> di
     block_k = keys if whole else (64 if small else 128) * 64 // block_e
     if block_k <= 32 and block_e <= 64:
         block_q, warps = (64, 4) if max_q > 32 and not small else (32, 2)
+        if small and queries < block_k:  # one query, say: two warps would spill (Triton 3.6)
+            warps = 4
     elif block_k * block_e <= 64 * 64:
         block_q, warps = 32, 4
     else:
@@ -164,8 +166,8 @@ def attention_backward_kernel(
 
             t = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale_2
             p = tl.exp2(t - lse_row[None, :])  # past the context whatever comes: those rows of sum_v are not stored
+            dp = tl.dot(values, tl.trans(slope), input_precision="ieee")  # before sum_v: 3.6 would spill for sm_100
             sum_v += tl.dot(p.to(DOT), slope, input_precision="ieee")
-            dp = tl.dot(values, tl.trans(slope), input_precision="ieee")
             ds = tl.where((key < k_length)[:, None], p * (dp - delta[None, :]), 0.0).to(DOT)
             sum_k += tl.dot(ds, queries, input_precision="ieee")
             if WHOLE:
@@ -349,7 +351,7 @@ def backward(
         index = k_offsets if kv_index is None else kv_index
         launch(query_gradient_kernel, (sequences * H * tiles,), chosen, **shared, kv_index=index, tiles=tiles)
     if parts:
-        spread = -(-max_k * H * E // (8 * FILL))
+        spread = min(-(-max_k * H * E // (8 * FILL)), 65535)  # all that a grid's second axis takes
         sums |= {"slots": slots, "k_offsets": k_offsets, "max_k": max_k}
         launch(add_parts_kernel, (parts, spread), {}, **sums, WIDTH=H * E, BLOCK=FILL)
     return dq, dk, dv
