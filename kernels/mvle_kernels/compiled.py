@@ -4,8 +4,8 @@ Triton compiles for any architecture without a driver, and its own tools read th
 
     registers, stack, shared   a thread's registers and bytes of stack (anything spilled lies there), a program's bytes
                                of shared memory
-    load16, load8              vector instructions that read global memory, by the bytes of one: at least 16; 8 to 15.
-    store16, store8            Plain ones are not counted
+    load16, load8, load1       instructions that read global memory, by the bytes of one: at least 16; 8 to 15; fewer
+    store16, store8, store1
     mma, wgmma, tcgen05        tensor-core instructions: of sm_80, which later ones also have; of sm_90; of sm_100
     tmem                       columns of the tensor memory that sm_100 has for the results of its products
 
@@ -14,10 +14,14 @@ be such, which vector instructions and asynchronous copies need. `unaligned` kno
 that equals 1 is a constant, unless the kernel asks not to specialise it. Triton's own binder decides all of this from
 the arguments (3.6 and 3.8 by the same rules); tensors on the meta device begin at address 0, so a view of one is as
 aligned as the same view of a real tensor.
+
+`Source.launched` has what no binary says: a block that is longer than it need be, or more programs, may leave every
+figure as it was.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -36,9 +40,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # bytes of shared memory that a program may have, by CUDA's table of compute capabilities
 SHARED = {name: kib * 1024 for name, kib in {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}.items()}
 SHARED |= {name: kib * 1024 for name, kib in {"sm_100": 227, "sm_103": 227, "sm_120": 99}.items()}
-FIGURES = ("registers", "stack", "shared", "load16", "load8", "store16", "store8", "mma", "wgmma", "tcgen05", "tmem")
+ACCESSES = ("load16", "load8", "load1", "store16", "store8", "store1")
+FIGURES = ("registers", "stack", "shared", *ACCESSES, "mma", "wgmma", "tcgen05", "tmem")
 TENSOR_MEMORY = 512  # columns
-VECTOR = re.compile(r"\b(ld|st)\.global[\w.:]*\.v(\d)\.[a-z]+(\d+)")
+ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)\b")  # values of one, and bits of a value
 COPY = re.compile(r"\bcp\.async\.c[ag]\.shared[^;]*?\], (0x[0-9a-f]+|\d+)\b")  # the first size: bytes of one copy
 TENSOR = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma\b"}
 
@@ -59,6 +64,14 @@ class Source:
         kernel = self.launch.kernel.fn
         which = (kernel.__module__, kernel.__qualname__, self.architecture, self.launch.warps, self.launch.stages)
         return repr((*which, self.signature, self.constants, self.hints))
+
+    @property
+    def launched(self) -> dict[str, int]:
+        """How: warps, stages, programs, and every number or flag that is a constexpr (block sizes)."""
+        launch = self.launch
+        named = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
+        numbers = {name: int(value) for name, value in named.items() if isinstance(value, int)}
+        return {"warps": launch.warps, "stages": launch.stages, "programs": math.prod(launch.grid)} | numbers
 
 
 def _target(architecture: str) -> Any:
@@ -91,13 +104,12 @@ def source(launch: Launch, architecture: str, aligned: bool) -> Source:
 
 
 def instructions(ptx: str) -> dict[str, int]:
-    """Counts of vector accesses and of tensor-core instructions in a program's text."""
-    counts = dict.fromkeys(("load16", "load8", "store16", "store8"), 0)
-    accesses = [(kind, int(n) * int(bits) // 8) for kind, n, bits in VECTOR.findall(ptx)]
+    """Counts of accesses of global memory and of tensor-core instructions in a program's text."""
+    counts = dict.fromkeys(ACCESSES, 0)
+    accesses = [(kind, int(n or 1) * int(bits) // 8) for kind, n, bits in ACCESS.findall(ptx)]
     accesses += [("ld", int(size, 0)) for size in COPY.findall(ptx)]
     for kind, size in accesses:
-        if size >= 8:
-            counts[f"{'load' if kind == 'ld' else 'store'}{16 if size >= 16 else 8}"] += 1
+        counts[f"{'load' if kind == 'ld' else 'store'}{16 if size >= 16 else 8 if size >= 8 else 1}"] += 1
     return counts | {name: len(re.findall(pattern, ptx)) for name, pattern in TENSOR.items()}
 
 

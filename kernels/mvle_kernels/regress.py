@@ -11,8 +11,9 @@ from one version of Triton to the next, so each has its own, and a version witho
 
     always                   does not compile; a stack in an aligned one; more shared or tensor memory than there is
     against the baseline     registers up by more than a tenth; more stack; over 1 KiB more shared memory; fewer vector
-                             accesses, or narrower ones; fewer tensor-core instructions, or an older kind; a launch
-                             that is new or gone
+                             accesses, or fewer bytes by them; over a tenth more narrow accesses for as many of those
+                             bytes; fewer tensor-core instructions, or an older kind; another launch (warps, stages,
+                             programs, block sizes), whose binary may look as good; a launch that is new or gone
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from .triton_support import INSTALLED, Launch, captured, interpreting
 
 BASELINES = Path(__file__).parent / "baselines"
 HOW = "python -m mvle_kernels.regress --write"
-REGISTERS = 1.1  # as many times more of them may be a compiler's mood
-Figures = dict[str, int]
+MOOD = 1.1  # as many times more registers or narrow accesses may be a compiler's mood
+Figures = dict[str, int]  # FIGURES, and how it is launched
 Table = Mapping[str, "Figures | str"]  # name of a binary -> its figures, or why there are none
 
 
@@ -98,17 +99,23 @@ def wrong(name: str, now: Figures | str) -> Iterator[str]:
 
 def worse(before: Figures, now: Figures) -> Iterator[str]:
     """What changed for the worse."""
-    if now["registers"] > REGISTERS * before["registers"]:
+    launched = sorted({*before, *now} - {*FIGURES})
+    if changed := [f"{n} {before.get(n, 0)} -> {now.get(n, 0)}" for n in launched if before.get(n, 0) != now.get(n, 0)]:
+        yield f"launch changed: {', '.join(changed)}. If that is meant: {HOW}"
+    if now["registers"] > MOOD * before["registers"]:
         yield f"registers {before['registers']} -> {now['registers']}: more than a tenth up"
     for what, slack in (("stack", 0), ("shared", 1024)):
         if now[what] > before[what] + slack:
             yield f"{what} {before[what]} -> {now[what]} bytes: more than before"
     for kind in ("load", "store"):
-        wide, narrow = f"{kind}16", f"{kind}8"
+        wide, half, narrow = f"{kind}16", f"{kind}8", f"{kind}1"
+        was, has = (16 * f[wide] + 8 * f[half] for f in (before, now))  # bytes by vector accesses, at least
         if now[wide] < before[wide]:
             yield f"{wide} {before[wide]} -> {now[wide]}: vector accesses are lost"
-        elif now[wide] + now[narrow] < before[wide] + before[narrow] and now[wide] == before[wide]:
-            yield f"{narrow} {before[narrow]} -> {now[narrow]}: vector accesses are lost"
+        elif has < was:
+            yield f"{wide} and {half} {was} -> {has} bytes: vector accesses are lost"
+        elif now[narrow] * was > MOOD * before[narrow] * has:
+            yield f"{narrow} {before[narrow]} -> {now[narrow]} beside {was} -> {has} bytes: more accesses are narrow"
     # the newest kind that the baseline has; a newer one in its place is no loss
     kinds = ("tcgen05", "wgmma", "mma")
     best = next((kind for kind in kinds if before[kind]), None)
@@ -157,13 +164,15 @@ def write(file: Path, table: Mapping[str, Figures]) -> None:
 
 
 def listing(now: Table) -> str:
-    """Every binary with its figures, a column each."""
+    """Every binary with its figures, a column each, and how it is launched."""
     wide = max([len(name) for name in now], default=0)
-    rows = [f"{'':{wide}}  " + "  ".join(f"{name:>9}" for name in FIGURES)]
+    rows = [f"{'':{wide}}  " + "  ".join(f"{name:>9}" for name in FIGURES) + "  launch"]
     for name in sorted(now):
         found = now[name]
-        cells = found if isinstance(found, str) else "  ".join(f"{found[figure]:9}" for figure in FIGURES)
-        rows.append(f"{name:{wide}}  {cells}")
+        if not isinstance(found, str):
+            launched = [f"{n}={value}" for n, value in found.items() if n not in FIGURES]
+            found = "  ".join([*(f"{found[figure]:9}" for figure in FIGURES), *launched])
+        rows.append(f"{name:{wide}}  {found}")
     return "\n".join(rows)
 
 
@@ -179,7 +188,8 @@ def check(modules: Sequence[Any], folder: Path, only: str = "", rewrite: bool = 
     if not wanted:
         print(f"nothing is launched whose name has {only!r} in it")
         return 1
-    now: Table = dict(zip(wanted, compile_all(list(wanted.values())), strict=True))
+    compiled = zip(wanted.items(), compile_all(list(wanted.values())), strict=True)
+    now: Table = {name: f if isinstance(f, str) else f | item.launched for (name, item), f in compiled}
     once = len({item.key for item in wanted.values()})
     print(f"{len(now)} binaries, {once} of them different, compiled in {time.perf_counter() - begin:.0f} s")
     if show:

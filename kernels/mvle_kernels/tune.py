@@ -9,7 +9,8 @@ does not compile, spills, has more shared memory than the architecture, or gives
 that has to hold a whole row may not be halved, and only the result tells. The rest are timed in turns on the tensors
 of `variants("cuda")`, with caches swept before each run, and compared by their medians; over all variants that share a
 key. One that is 3% faster than the rule is written, at once: a kernel that reads outside its tensors ends the process,
-and --only goes on behind it. Entries of other architectures stay as they are.
+and --only goes on behind it. Entries of other architectures stay as they are. The regression check then finds other
+launches than its baselines have, and wants them written anew.
 
 Measured not yet on a GPU
 """

@@ -100,5 +100,6 @@ def main() -> None:
         "different": len({s.key for s in wanted.values()}),
         "constants": [names[i] for (i,) in product.constants],
         "hinted": [names[i] for (i,) in product.hints],
+        "launched": product.launched,
     }
     print(json.dumps(said))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from mvle_kernels import compiled, regress
@@ -61,7 +61,7 @@ def said(before: dict[str, int], now: dict[str, int] | str, name: str = NAME) ->
 
 
 def test_the_same_figures_are_no_difference() -> None:
-    everything = some(load16=4, load8=2, store16=1, store8=1, mma=8, wgmma=4)
+    everything = some(load16=4, load8=2, load1=3, store16=1, store8=1, store1=1, mma=8, wgmma=4, warps=4, BLOCK_K=64)
     assert regress.differences({NAME: everything}, {NAME: everything}) == []
 
 
@@ -75,10 +75,16 @@ def test_the_same_figures_are_no_difference() -> None:
         ({}, {"registers": 111}, "registers 100 -> 111: more than a tenth up"),
         ({"load16": 4}, {"load16": 3}, "load16 4 -> 3: vector accesses are lost"),
         ({"load16": 4}, {"load8": 8}, "load16 4 -> 0: vector accesses are lost"),  # more of them, and narrower
-        ({"load8": 4}, {}, "load8 4 -> 0: vector accesses are lost"),
+        ({"load8": 4}, {}, "load16 and load8 32 -> 0 bytes: vector accesses are lost"),
+        ({"load8": 8, "load16": 1}, {"load16": 2}, "load16 and load8 80 -> 32 bytes: vector accesses are lost"),
+        ({"store8": 4}, {"store16": 1}, "store16 and store8 32 -> 16 bytes: vector accesses are lost"),
+        ({"load16": 4, "load1": 10}, {"load16": 4, "load1": 12}, "load1 10 -> 12 beside 64 -> 64 bytes: more accesses"),
+        ({"store16": 4}, {"store16": 8, "store1": 1}, "store1 0 -> 1 beside 64 -> 128 bytes: more accesses are narrow"),
         ({"store16": 2}, {"store16": 1, "store8": 2}, "store16 2 -> 1: vector accesses are lost"),
         ({"mma": 8}, {"mma": 7}, "mma 8 -> 7: tensor-core instructions are lost"),
         ({"wgmma": 4}, {"mma": 64}, "wgmma 4 -> 0: tensor-core instructions are lost"),  # an older kind in its place
+        ({"BLOCK_K": 64}, {"BLOCK_K": 256}, "launch changed: BLOCK_K 64 -> 256. If that is meant: python -m"),
+        ({"warps": 4, "WHOLE": 1}, {"warps": 2}, "launch changed: WHOLE 1 -> 0, warps 4 -> 2. If"),
     ],
 )
 def test_each_rule_catches_its_loss(before: dict[str, int], now: dict[str, int], expected: str) -> None:
@@ -91,7 +97,10 @@ def test_each_rule_catches_its_loss(before: dict[str, int], now: dict[str, int],
     [
         ({}, {"registers": 110}),  # a tenth
         ({"registers": 100}, {"registers": 40}),
-        ({"load8": 4}, {"load16": 2}),  # wider
+        ({"load8": 4, "load1": 3}, {"load16": 2, "load1": 3}),  # wider
+        ({"load16": 4, "load1": 10}, {"load16": 4, "load1": 11}),
+        ({"load16": 4, "load1": 10}, {"load16": 8, "load1": 20}),  # twice unrolled
+        ({"load1": 10}, {"load1": 20}),  # no vectors to be lost
         ({"load16": 2}, {"load16": 4}),
         ({"mma": 8}, {"wgmma": 2}),  # a newer kind
         ({"stack": 8}, {}),
@@ -128,6 +137,7 @@ def test_instructions_are_counted_by_width_and_kind() -> None:
         cp.async.cg.shared.global [ %r9 + 0 ], [ %rd5 + 0 ], 0x10, %r10;
         cp.async.ca.shared.global [ %r9 + 0 ], [ %rd5 + 0 ], 0x8, 0x8;
         cp.async.ca.shared.global [ %r9 + 0 ], [ %rd5 + 0 ], 0x4, 0x4;
+        st.global.b16 [ %rd1 + 0 ], { %rs1 };  st.global.L1::evict_last.b8 [ %rd1 + 0 ], { %rs1 };
         st.global.v4.b32 [ %rd1 + 0 ], { %r1, %r2, %r3, %r4 };
         mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {};
         wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {};  wgmma.wait_group.sync.aligned 0;
@@ -135,7 +145,8 @@ def test_instructions_are_counted_by_width_and_kind() -> None:
         """
     )
     tensor = {"mma": 1, "wgmma": 1, "tcgen05": 1}
-    assert found == {"load16": 3, "load8": 2, "store16": 1, "store8": 0} | tensor
+    loads, stores = {"load16": 3, "load8": 2, "load1": 3}, {"store16": 1, "store8": 0, "store1": 2}
+    assert found == loads | stores | tensor
 
 
 def test_registers_and_stack_are_read() -> None:
@@ -155,6 +166,10 @@ def test_hints_are_those_of_a_launch_and_the_unaligned_has_none(planted: dict[st
     assert planted["constants"] == ["step", "T"]  # a number that is 1; `total` is 1 too, and asked not to be one
     assert planted["hinted"] == ["a", "b", "out", "stride_a", "stride_b", "stride_out"]
     assert of(planted, "/ product /", "sm_90 unaligned")["load16"] == 0
+
+
+def test_what_a_choice_decides_is_told_of_a_launch(planted: dict[str, Any]) -> None:
+    assert planted["launched"] == {"warps": 4, "stages": 3, "programs": 1, "T": 64}
 
 
 def test_equal_launches_are_compiled_once(planted: dict[str, Any]) -> None:
@@ -184,6 +199,7 @@ class Made:
     """Stands for a source."""
 
     key: str
+    launched: ClassVar = {"warps": 4, "BLOCK": 8192}
 
 
 @pytest.fixture
@@ -218,13 +234,14 @@ def test_a_baseline_passes_until_one_of_its_figures_is_lost(
         ("registers", 0.5, "more than a tenth up"),
         ("load16", 2, "vector accesses are lost"),
         ("wgmma", 2, "tensor-core instructions are lost"),
+        ("BLOCK", 0.5, "launch changed: BLOCK 4096 -> 8192"),
     ):
         name = next(n for n in good if "product" in n and n.endswith("sm_90 aligned"))
         regress.write(file, good | {name: good[name] | {figure: int(good[name][figure] * change)}})
         capsys.readouterr()
         assert checked() == 1
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == 3 and lines[2].startswith(f"{name}: {figure} ") and words in lines[2]
+        assert len(lines) == 3 and lines[2].startswith(f"{name}: ") and figure in lines[2] and words in lines[2]
 
 
 def test_a_spill_is_caught_and_no_baseline_excuses_it(checked: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +276,8 @@ def test_a_part_alone_leaves_the_rest_of_the_baseline(checked: Any, tmp_path: Pa
 def test_a_list_shows_every_figure(checked: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert checked(show=True) == 1  # there is no baseline
     head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
-    assert head == list(FIGURES) and all(row[-len(head)].isdigit() for row in rows) and len(rows) == 10
+    assert head == [*FIGURES, "launch"] and len(rows) == 10
+    assert all(row[-2] == "warps=4" and row[-1] == "BLOCK=8192" and row[-len(head) - 1].isdigit() for row in rows)
 
 
 def test_a_compiler_that_dies_is_named_and_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
