@@ -38,8 +38,8 @@ MISTAKES = {
     "masking.cell=48": "masking.cell must divide model.image.size (224); got 48",
     "masking.insert=decoder": "masking.insert=decoder expected masking.mode=drop",
     "masking.clean_keep=0.5, objectives.mlm.weight=0, objectives.itc.weight=0, objectives.itm.weight=0": (
-        "masking.clean_keep=0.5 expected a loss that reads whole images (itc, itm, or mlm with masking.context=clean); got "
-        "weight 0 for each"
+        "masking.clean_keep=0.5 expected a loss that reads whole images (itc, itm, or mlm with masking.context=clean); "
+        "got weight 0 for each"
     ),
     "schedule.warmup=5000": "schedule.warmup must be at most schedule.steps (1000); got 5000",
     "batch.micro=100": "batch.micro must divide batch.total (512); got 100. Set it to a divisor, such as 4.",
