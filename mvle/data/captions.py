@@ -11,6 +11,8 @@ from typing import Any
 NO_FLIP = 1  # bits of the index column caption.flags
 NAMES_COLOUR = 2
 
+TEXT_FIELDS = ("txt", "txt-lines")  # names of a caption field that mean the text file, not an entry of the JSON
+
 # "right now" is caught too: an unflipped image costs nothing, a false caption does.
 _SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand|handed|side)?\b", re.IGNORECASE)
 _COLOURS = re.compile(
@@ -39,27 +41,49 @@ def caption_flags(caption: str) -> int:
     return NO_FLIP * bool(_SIDES.search(caption)) + NAMES_COLOUR * bool(_COLOURS.search(caption))
 
 
+def lines_of(text: str) -> list[str]:
+    """Its lines, where Unix, Windows or old Macs end them; str.splitlines would also cut at rarer signs."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
 def captions_of(components: Mapping[str, bytes], field: str | None) -> list[str]:
     """The captions of one pair, stripped, blank ones dropped.
 
-    components: suffix -> bytes of "json" and "txt". field names an entry of the JSON (a string or a list of them), or
-    "txt" for the text file; None takes the first of JSON "captions", JSON "caption", and the text file that is there.
+    components: suffix -> bytes of "json" and "txt". field names an entry of the JSON (a string or a list of them; a.b
+    goes into objects, and into each object of a list), or the text file: "txt" is one caption, "txt-lines" one a line.
+    None takes the first of JSON "captions", JSON "caption", and the text file (one caption) that is there.
     Raises CaptionError where there is none.
     """
     candidates: list[Any] = []
-    if field != "txt" and "json" in components:
+    names: list[str] = []
+    if field not in TEXT_FIELDS and "json" in components:
         try:
             record = json.loads(components["json"])
         except (ValueError, RecursionError) as error:
             raise CaptionError(f"its .json is not JSON: {error}") from error
         if not isinstance(record, dict):
             raise CaptionError("its .json is not an object with fields")
-        candidates = [record.get(name) for name in ([field] if field else ["captions", "caption"])]
-    if field in (None, "txt") and "txt" in components:
-        candidates.append(components["txt"].decode("utf-8", "replace"))
+        candidates = [_entry(record, name) for name in ([field] if field else ["captions", "caption"])]
+        names = sorted(record)
+    if field in (None, *TEXT_FIELDS) and "txt" in components:
+        text = components["txt"].decode("utf-8-sig", "replace")
+        candidates.append(lines_of(text) if field == "txt-lines" else text)
     for candidate in candidates:
         texts = [candidate] if isinstance(candidate, str) else candidate if isinstance(candidate, list) else []
         captions = [" ".join(text.split()) for text in texts if isinstance(text, str)]
         if captions := [text for text in captions if text]:
             return captions
-    raise CaptionError(f"nothing in {field or 'captions or caption of its .json, nor in a .txt'}")
+    has = f"; the .json has {', '.join(names[:12])}" if names else ""
+    raise CaptionError(f"nothing in {field or 'captions or caption of its .json, nor in a .txt'}{has}")
+
+
+def _entry(record: Any, name: str) -> Any:
+    """The entry `name` of an object; else, step by step, the one that dots lead to."""
+    if isinstance(record, list):
+        return [_entry(item, name) for item in record if isinstance(item, dict)]
+    if not isinstance(record, dict):
+        return None
+    if name in record:
+        return record[name]
+    first, dot, rest = name.partition(".")
+    return _entry(record[first], rest) if dot and first in record else None

@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataError
+from .files import File, read_bytes, write_bytes
 
 Bytes = NDArray[np.uint8]
 
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "U32": np.uint32, "I64": np.int64}
 
 
-def write_columns(path: Path, columns: Mapping[str, NDArray[Any]], header: Mapping[str, Any], name: str) -> None:
-    """Write the file under a temporary name, then rename it. `header` (JSON) is stored as metadata entry `name`."""
+def write_columns(path: File, columns: Mapping[str, NDArray[Any]], header: Mapping[str, Any], name: str) -> None:
+    """Write the file whole or not at all. `header` (JSON) is stored as metadata entry `name`. Raises OSError."""
     from safetensors.numpy import save
 
-    data = save(dict(columns), metadata={name: json.dumps(header, sort_keys=True)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, save(dict(columns), metadata={name: json.dumps(header, sort_keys=True)}))
 
 
-def read_columns(path: Path, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """(columns as read-only arrays, the JSON header). Raises DataError if it is not such a file.
+def read_columns(path: File, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """(columns as read-only arrays, the JSON header). Raises DataError if it is not such a file, OSError if it
+    cannot be read.
 
     Read into memory, not mapped: a map of a file that is cut under it ends the process by SIGBUS, and while a page of
     it comes from a server that hangs, the interpreter is locked: no watchdog and no signal gets through.
     """
     wrong = f"{path} must be a safetensors file with a {name} header"
-    data: Bytes = np.fromfile(path, np.uint8)
+    data: Bytes = np.frombuffer(read_bytes(path), np.uint8)
     if len(data) < 8:
         raise DataError(f"{wrong}; it is shorter than any.")
-    data.flags.writeable = False
     length = int.from_bytes(data[:8].tobytes(), "little")
     try:
         tensors = json.loads(data[8 : 8 + length].tobytes())

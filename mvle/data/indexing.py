@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from .captions import CaptionError, bytes_id, caption_flags, captions_of, text_id
 from .columns import pack_strings, write_columns
 from .decode import FORMATS, MAX_PIXELS, DecodeError, ImageInfo, PixelBoundError, examine_image
+from .errors import DataError
+from .files import File, RemoteFile, is_read_only, local_copy, locate, status
 from .index import HEADER, VERSION, ShardIndex, index_path
 from .reader import ShardReader
 from .tar import Member, members, split_name
@@ -39,26 +41,29 @@ class _Row(NamedTuple):
     extras: dict[str, Member]
 
 
+class IndexPlaceError(DataError):
+    """Indexes cannot be written where they should lie, which holds for every further shard too."""
+
+
 def index_shard(
-    path: str | os.PathLike[str], caption_field: str | None = None, max_pixels: int = MAX_PIXELS, threads: int = 2
+    path: str | os.PathLike[str] | RemoteFile,
+    caption_field: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    threads: int = 2,
+    index_folder: str | os.PathLike[str] | None = None,
 ) -> ShardIndex:
-    """Decode every image of a tar and write its index beside it. Raises DataError where the tar itself is damaged.
+    """Decode every image of a tar and write its index, beside it or under index_folder.
 
-    caption_field: see `captions_of`. The index of an unchanged shard comes out the same, whatever the machine.
+    caption_field: see `captions_of`. A shard behind a URL is fetched whole for that, once, into a temporary folder. The
+    index of an unchanged shard comes out the same, whatever the machine. Raises DataError where the tar itself is
+    damaged, IndexPlaceError where no index can be written, OSError where there is no such shard.
     """
-    shard = Path(path)
-    stat = shard.stat()
-    reader = ShardReader([shard])
-
-    def examine(groups: list[_Group]) -> list[_Row | tuple[str, str]]:
-        return [_examine(reader, group, caption_field, max_pixels) for group in groups]
-
-    # Tasks of 64 pairs: one a pair spends as long on locks as on small pictures.
-    groups = list(_groups(shard))
-    with ThreadPoolExecutor(threads) as pool:
-        parts = pool.map(examine, [groups[i : i + 64] for i in range(0, len(groups), 64)])
-        results = [result for part in parts for result in part]
-    reader.close()
+    shard, place = locate(path), index_path(path, index_folder)
+    state = status(shard)
+    if is_read_only(place):
+        raise _no_place(place, "it is read-only", index_folder)
+    with local_copy(shard) as copy:
+        results = _examine_all(copy, str(shard), caption_field, max_pixels, threads)
 
     rows: dict[str, _Row] = {}
     left_out: list[tuple[str, str]] = []
@@ -73,8 +78,8 @@ def index_shard(
     header = {
         "version": VERSION,
         "shard": shard.name,
-        "size": stat.st_size,
-        "time_ns": stat.st_mtime_ns,
+        "size": state.size,
+        "time_ns": state.time_ns,
         "caption_field": caption_field,
         "max_pixels": max_pixels,
         "images": len(rows),
@@ -82,8 +87,39 @@ def index_shard(
         "left_out": left_out,
         "digest": _digest(columns),
     }
-    write_columns(index_path(shard), columns, header, HEADER)
-    return ShardIndex(shard)
+    try:
+        write_columns(place, columns, header, HEADER)
+    except OSError as error:
+        raise _no_place(place, str(error), index_folder) from error
+    return ShardIndex(shard, index_folder)
+
+
+def _no_place(place: File, why: str, index_folder: str | os.PathLike[str] | None) -> IndexPlaceError:
+    mend = (
+        "Name another --index-folder."
+        if index_folder is not None
+        else "Where shards lie on a read-only place, keep their indexes elsewhere: --index-folder DIR here, and "
+        "data.index_folder=DIR for a run."
+    )
+    return IndexPlaceError(f"the index {place} cannot be written: {why}. {mend}")
+
+
+def _examine_all(
+    copy: Path, name: str, caption_field: str | None, max_pixels: int, threads: int
+) -> list[_Row | tuple[str, str]]:
+    """The row of each pair, or (key, why it is left out), in the order of the tar."""
+    reader = ShardReader([copy])
+
+    def examine(groups: list[_Group]) -> list[_Row | tuple[str, str]]:
+        return [_examine(reader, group, caption_field, max_pixels) for group in groups]
+
+    # Tasks of 64 pairs: one a pair spends as long on locks as on small pictures.
+    groups = list(_groups(copy, name))
+    with ThreadPoolExecutor(threads) as pool:
+        parts = pool.map(examine, [groups[i : i + 64] for i in range(0, len(groups), 64)])
+        results = [result for part in parts for result in part]
+    reader.close()
+    return results
 
 
 class _Group(NamedTuple):
@@ -91,29 +127,53 @@ class _Group(NamedTuple):
     components: dict[str, Member]
 
 
-def _groups(shard: Path) -> Iterator[_Group]:
+def _groups(shard: Path, name: str) -> Iterator[_Group]:
     """Consecutive members of one key. A component that comes twice begins a new group, which repeats the key."""
     key, components = None, dict[str, Member]()
-    for member in members(shard):
+    for member in members(shard, name):
         stem, suffix = split_name(member.name)
-        if not suffix or stem.rpartition("/")[2] == "":  # a note beside the pairs, or a dot file
-            continue
+        base = stem.rpartition("/")[2]
+        if not suffix or base == "" or (base.startswith("__") and base.endswith("__")):
+            continue  # a note beside the pairs, a dot file, or WebDataset's word about the shard
         if stem != key or suffix in components:
             if key is not None:
-                yield _Group(key, components)
+                yield from _by_image(key, components)
             key, components = stem, {}
         components[suffix] = member
     if key is not None:
-        yield _Group(key, components)
+        yield from _by_image(key, components)
+
+
+def _by_image(key: str, components: dict[str, Member]) -> list[_Group]:
+    """The pairs of one key: itself, or one for each image where no image ends the key at its first dot.
+
+    By WebDataset's rule my.cat.jpg and my.dog.jpg are two parts of "my". Who named files so meant two pairs. A single
+    one, as in k.input.jpg and k.txt, has all parts of its key.
+    """
+    if any(suffix in components for suffix in IMAGE_SUFFIXES):
+        return [_Group(key, components)]
+    parts = {suffix: suffix.rpartition(".") for suffix in components}
+    stems = dict.fromkeys(stem for stem, _, last in parts.values() if last in IMAGE_SUFFIXES)
+    found: dict[str, dict[str, Member]] = {stem: {} for stem in stems}
+    rest: dict[str, Member] = {}
+    for suffix, (stem, _, last) in parts.items():
+        if stem in found:
+            found[stem][last] = components[suffix]
+        else:
+            rest[suffix] = components[suffix]
+    if len(found) == 1:
+        ((stem, own),) = found.items()
+        return [_Group(f"{key}.{stem}", rest | own)]
+    return [_Group(f"{key}.{stem}", own) for stem, own in found.items()] + ([_Group(key, rest)] if rest else [])
 
 
 def _examine(reader: ShardReader, group: _Group, caption_field: str | None, max_pixels: int) -> _Row | tuple[str, str]:
     """The row of a pair, or (key, why it is left out)."""
     parts = group.components
+    texts: dict[str, bytes] = {s: reader.read(0, parts[s].offset, parts[s].size) for s in ("json", "txt") if s in parts}
     suffix = next((s for s in IMAGE_SUFFIXES if s in parts), None)
     if suffix is None:
-        return group.key, f"no image among its parts ({', '.join(sorted(parts))})"
-    texts: dict[str, bytes] = {s: reader.read(0, parts[s].offset, parts[s].size) for s in ("json", "txt") if s in parts}
+        return group.key, f"no image among its parts ({', '.join(sorted(parts))}){_download_error(texts)}"
     data = reader.read(0, parts[suffix].offset, parts[suffix].size)
     try:
         captions = captions_of(texts, caption_field)
@@ -130,12 +190,23 @@ def _examine(reader: ShardReader, group: _Group, caption_field: str | None, max_
 
 def _origin(texts: Mapping[str, bytes]) -> str:
     """The name that the image had before it was packed, if its JSON says so: people look for that one."""
+    name = _record(texts).get("id")
+    return f" ({name})" if isinstance(name, str) else ""
+
+
+def _download_error(texts: Mapping[str, bytes]) -> str:
+    """What img2dataset notes of an image that it could not fetch: {"status": ..., "error_message": ...}."""
+    record = _record(texts)
+    notes = [record[name] for name in ("status", "error_message") if isinstance(record.get(name), str)]
+    return f": {', '.join(notes)}" if notes else ""
+
+
+def _record(texts: Mapping[str, bytes]) -> dict[str, Any]:
     try:
         record = json.loads(texts.get("json", b"null"))
     except (ValueError, RecursionError):
-        return ""
-    name = record.get("id") if isinstance(record, dict) else None
-    return f" ({name})" if isinstance(name, str) else ""
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _columns(rows: list[_Row]) -> dict[str, NDArray[Any]]:

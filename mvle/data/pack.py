@@ -75,7 +75,7 @@ def pack_jsonl(
         if not report.shards:
             raise DataError(f"none of the {len(rows)} image files is under {images}; {report.missing[0]} is the first.")
         for path in old:
-            index_path(path).unlink(missing_ok=True)
+            Path(str(index_path(path))).unlink(missing_ok=True)
             path.unlink()
         for i, path in enumerate(report.shards):
             report.shards[i] = path.rename(folder / path.name)

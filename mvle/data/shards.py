@@ -1,8 +1,7 @@
-"""ShardSet: the images of many shards as rows 0 .. images - 1, found by their indexes and read by `pread`."""
+"""ShardSet: the images of many shards as rows 0 .. images - 1, found by their indexes and read by parts."""
 
 from __future__ import annotations
 
-import glob
 import os
 from bisect import bisect_right
 from collections import Counter
@@ -10,12 +9,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
-from pathlib import Path
 
 from .captions import bytes_id
 from .errors import DataError
-from .index import ShardIndex, index_path, open_indexes, shard_changed
-from .patterns import expand_braces, expand_pattern
+from .files import File, status
+from .index import ShardIndex, open_indexes, shard_changed
+from .patterns import expand_pattern, refuse_lost_shards
 from .reader import ShardReader
 from .shapes import shape_shards
 from .sources import Source, weights_of
@@ -24,7 +23,7 @@ SHAPES = "shapes:"
 
 
 class ShardSet:
-    """Rows of several shards. Lookups are O(log shards) and read the indexes in memory; images are read by `pread`."""
+    """Rows of several shards. Lookups are O(log shards) and read the indexes in memory; images are read by parts."""
 
     def __init__(self, indexes: Sequence[ShardIndex], sources: Sequence[Source] = ()) -> None:
         """sources: what the shards belong to, each consecutive ones, in order (none: one source without a name)."""
@@ -37,37 +36,41 @@ class ShardSet:
         self._reader = ShardReader(
             [index.path for index in self.indexes], [index.header["size"] for index in self.indexes]
         )
-        self._times = [index.path.stat().st_mtime_ns for index in self.indexes]
         self.images = self._starts[-1]
         self.pairs = sum(index.pairs for index in self.indexes)
         if self.images == 0:
             names = ", ".join(str(index.path) for index in self.indexes[:3])
             raise DataError(
-                f"these shards hold no usable image ({names}). See why: python -m mvle.data inspect {names}"
+                f"these shards hold no usable image ({names}). See why: python -m mvle.data index {names}"
             )
 
     @staticmethod
     def open(
-        patterns: Sequence[str] | str, shapes_folder: str = "data/shapes", shapes_captions: str = "sentence"
+        patterns: Sequence[str] | str,
+        shapes_folder: str = "data/shapes",
+        shapes_captions: str = "sentence",
+        index_folder: str | os.PathLike[str] | None = None,
     ) -> ShardSet:
         """The shards that the patterns name, with their indexes checked.
 
-        A pattern is a path, a glob (sorted), braces ({000..003}, {a,b}), or shapes:SPLIT (SPLIT = train, val or test),
-        which draws the demo set once, under shapes_folder. Raises DataError: nothing matches, or an index is missing
-        or stale (with the command that makes it).
+        A pattern is a path or URL, a glob (sorted), braces ({000..003}, {a,b}), or shapes:SPLIT (SPLIT = train, val or
+        test), which draws the demo set once, under shapes_folder. index_folder: where indexes are that do not lie
+        beside their shards. Raises DataError: nothing matches, or an index is missing or stale (with the command that
+        makes it).
         """
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-        paths: list[Path] = []
+        paths: list[File] = []
         for pattern in patterns:
             if pattern.startswith(SHAPES):
                 paths += shape_shards(pattern[len(SHAPES) :], shapes_folder, shapes_captions)
             else:
-                paths += expand_pattern(pattern)
-                _refuse_lost_shards(pattern)
+                found = expand_pattern(pattern)
+                refuse_lost_shards(pattern, found, index_folder)
+                paths += found
         repeated = [str(path) for path, times in Counter(paths).items() if times > 1]
         if repeated:
             raise DataError(f"each shard must be named once; {', '.join(repeated[:3])} comes twice in {patterns}.")
-        return ShardSet(open_indexes(paths))
+        return ShardSet(open_indexes(paths, index_folder))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -105,7 +108,7 @@ class ShardSet:
         """64 bits of the key, as int64: what data.fraction decides by."""
         return bytes_id(self.key(row).encode("utf-8", "surrogateescape"))
 
-    def shard_path(self, row: int) -> Path:
+    def shard_path(self, row: int) -> File:
         """The tar that holds the image."""
         return self.indexes[self.locate(row)[0]].path
 
@@ -173,14 +176,14 @@ class ShardSet:
         index = self.indexes[shard]
         expected = f"the {index.header['size']:,} bytes that were indexed"
         try:
-            time_ns = index.path.stat().st_mtime_ns
+            now = status(index.path, refresh=True)
         except FileNotFoundError:
             raise shard_changed(index.path, expected, "it is gone") from None
-        if time_ns != self._times[shard]:
-            now = f"it was written since the run began, and the bytes of {self.key(row)} are others"
-            raise shard_changed(index.path, expected, now)
+        if now != index.status:
+            what = f"it was written since the run began, and the bytes of {self.key(row)} are others"
+            raise shard_changed(index.path, expected, what)
 
-    def reading(self) -> list[tuple[Path, float]]:
+    def reading(self) -> list[tuple[File, float]]:
         """What threads read at the moment: (shard, for how many seconds), the longest first."""
         return self._reader.reading()
 
@@ -198,15 +201,3 @@ class ShardSet:
         if not 0 <= caption < last - first:
             raise IndexError(f"caption must be in 0..{last - first - 1} for {self.key(row)}; got {caption}.")
         return shard, first + caption
-
-
-def _refuse_lost_shards(pattern: str) -> None:
-    """Raise DataError for an index whose shard is gone: a glob would go on without it, and nobody would know."""
-    names = expand_braces(os.path.expanduser(pattern))
-    for index in sorted(path for name in names if glob.has_magic(name) for path in glob.glob(str(index_path(name)))):
-        shard = index.removesuffix(str(index_path("")))
-        if not os.path.isfile(shard):
-            raise DataError(
-                f"the shard {shard} is gone, and its index is there ({pattern} names it). Put it back; if the data is "
-                f"meant to be without it, remove {index} too."
-            )

@@ -16,6 +16,10 @@ from typing import IO, NamedTuple
 from .errors import DataError
 
 BLOCK = 512
+_COMPRESSED = (
+    (b"\x1f\x8b", "gzip", "gunzip"), (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"), (b"BZh", "bzip2", "bunzip2"),
+    (b"\xfd7zXZ", "xz", "unxz"), (b"PK\x03\x04", "zip", "unzip and tar"),
+)  # fmt: skip
 
 
 class Member(NamedTuple):
@@ -33,13 +37,17 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def members(path: str | os.PathLike[str]) -> Iterator[Member]:
-    """The regular files of an uncompressed tar (ustar, GNU and pax long names). Raises DataError if it is damaged."""
+def members(path: str | os.PathLike[str], name: str | None = None) -> Iterator[Member]:
+    """The regular files of an uncompressed tar (ustar, GNU and pax long names). Raises DataError if it is damaged.
+
+    name: what messages call the tar, where it is a copy of another file.
+    """
+    name = name or os.fspath(path)
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         position, long_name = 0, None
         if size < BLOCK:
-            raise DataError(_damage(path, 0, file.read()))
+            raise DataError(_damage(name, 0, file.read()))
         while position + BLOCK <= size:
             file.seek(position)
             header = file.read(BLOCK)
@@ -47,12 +55,12 @@ def members(path: str | os.PathLike[str]) -> Iterator[Member]:
                 return
             length = _number(header[124:136])
             if length is None or not _checksum_holds(header):
-                raise DataError(_damage(path, position, header))
+                raise DataError(_damage(name, position, header))
             start, kind = position + BLOCK, header[156:157]
             position = start + -(-length // BLOCK) * BLOCK
             if start + length > size:
                 raise DataError(
-                    f"{path} is cut off: a member at byte {start - BLOCK} needs {length} bytes, and the file ends "
+                    f"{name} is cut off: a member at byte {start - BLOCK} needs {length} bytes, and the file ends "
                     f"after {size}. Fetch or pack the shard again."
                 )
             if kind == b"L":  # GNU: the name of the next member
@@ -60,7 +68,7 @@ def members(path: str | os.PathLike[str]) -> Iterator[Member]:
             elif kind == b"x":  # pax: attributes of the next member
                 fields = _pax(file.read(length))
                 if "size" in fields:
-                    raise DataError(f"{path} holds a member of 8 GiB or more, which is no image. Pack it again.")
+                    raise DataError(f"{name} holds a member of 8 GiB or more, which is no image. Pack it again.")
                 long_name = fields.get("path", long_name)
             elif kind in (b"0", b"\0"):
                 yield Member(long_name or _name(header), start, length)
@@ -89,10 +97,20 @@ def _checksum_holds(header: bytes) -> bool:
     return _number(header[148:156]) == sum(header[:148]) + sum(header[156:]) + 8 * 32
 
 
-def _damage(path: str | os.PathLike[str], position: int, header: bytes) -> str:
-    if position == 0 and header[:2] == b"\x1f\x8b":
-        return f"{path} must be an uncompressed tar; it is gzip. Unpack it first: gunzip, then name the .tar file."
-    return f"{path} must be a tar; the header at byte {position} is damaged. Fetch or pack the shard again."
+def _damage(name: str, position: int, header: bytes) -> str:
+    if position:
+        return f"{name} must be a tar; the header at byte {position} is damaged. Fetch or pack the shard again."
+    if not header:
+        return f"{name} must be a tar; it is empty. Fetch or pack the shard again."
+    for magic, kind, command in _COMPRESSED:
+        if header.startswith(magic):
+            return (
+                f"{name} must be an uncompressed tar; it is {kind}, and images are read where they lie. Unpack it first: "
+                f"{command}, then name the .tar file."
+            )
+    if header.startswith(b"PAR1"):
+        return f"{name} must be a tar; it is parquet, a table that lies beside shards. Name the .tar files alone."
+    return f"{name} must be a tar; it begins with {header[:8]!r}. Name another file, or fetch or pack the shard again."
 
 
 def _pax(records: bytes) -> dict[str, str]:

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from mvle.data import files as files_module
 from mvle.data import loader as loader_module
-from mvle.data import reader as reader_module
 from mvle.data.batch import Batch
 from mvle.data.config import DataConfig
 from mvle.data.decode import decode_window
@@ -301,7 +301,7 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(
         opens.append(path)
         return open_file(path, flags)
 
-    monkeypatch.setattr(reader_module, "RETRY_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(files_module, "RETRY_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(os, "pread", flaky)
     monkeypatch.setattr(os, "open", counted)
     assert shards.image_bytes(1) == right
@@ -317,7 +317,7 @@ def test_a_read_that_fails_for_good_names_the_shard_and_the_reason(
     def broken(fd: int, size: int, offset: int) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(reader_module, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(files_module, "RETRY_SECONDS", (0.0, 0.0))
     monkeypatch.setattr(os, "pread", broken)
     loader = loader_of(shards, tokenizer)
     with pytest.raises(DataError, match=r"part-000\.tar cannot be read, after 3 tries: .*Input/output error"):
