@@ -6,9 +6,13 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from .decode import MAX_PIXELS
 from .errors import DataError
+from .left_out import left_out_lines
+from .pack import FORMATS
+from .rows_table import CAPTION_COLUMNS, IMAGE_COLUMNS
 
 EPILOG = """from files to training:
   python -m mvle.data pack --format jsonl --input pairs.jsonl --images DIR --output data/mine
@@ -16,7 +20,8 @@ EPILOG = """from files to training:
   python -m mvle.data inspect data/mine/*.tar
   python -m mvle.train CONFIG 'data.train=data/mine/train-*.tar' 'data.val=data/mine/val-*.tar'
 
-an input row: {"image": "file under DIR", "captions": ["...", "..."], "split": "train"}"""
+an input row: {"image": "file under DIR", "captions": ["...", "..."], "split": "train"}
+other inputs (karpathy json, csv, tsv, folders), shards made elsewhere, and URLs: docs/data.md"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,18 +32,36 @@ def parser() -> argparse.ArgumentParser:
     programs = top.add_subparsers(dest="program", required=True, metavar="PROGRAM")
 
     pack = programs.add_parser("pack", help="image files and captions -> tar shards")
-    pack.add_argument("--format", choices=["jsonl"], default="jsonl", help="form of the input (default: jsonl)")
-    pack.add_argument("--input", required=True, metavar="FILE", help="the rows")
+    pack.add_argument("--format", choices=FORMATS, default="jsonl", help="form of the input (default: jsonl)")
+    pack.add_argument("--input", metavar="FILE", help="the rows; none for --format folder")
     pack.add_argument("--images", required=True, metavar="DIR", help="folder that the rows' image paths start from")
     pack.add_argument("--output", required=True, metavar="DIR", help="folder for SPLIT-00000.tar, ...")
     pack.add_argument("--split", metavar="NAME", help="pack the rows of this split alone")
+    pack.add_argument("--default-split", default="train", metavar="NAME", help="of rows without one (default: train)")
     pack.add_argument("--shard-mb", type=int, default=256, metavar="N", help="largest shard, MiB (default: 256)")
     pack.add_argument("--overwrite", action="store_true", help="replace shards of the same split")
+    pack.add_argument("--reasons", type=int, default=20, metavar="N", help="left-out rows to list (default: 20)")
+    karpathy = pack.add_argument_group("karpathy")
+    karpathy.add_argument("--restval", default="train", metavar="NAME", help="split for restval (default: train)")
+    table = pack.add_argument_group("csv and tsv")
+    table.add_argument("--separator", metavar="C", help="what parts columns (default: , or for tsv a tab)")
+    table.add_argument("--no-quotes", action="store_true", help="a quote is a plain sign")
+    table.add_argument("--image-column", metavar="NAME", help=f"default: the first of {', '.join(IMAGE_COLUMNS)}")
+    table.add_argument("--caption-column", metavar="NAME", help=f"default: the first of {', '.join(CAPTION_COLUMNS)}")
+    table.add_argument("--split-column", metavar="NAME", help="default: split, where there is one")
+    folder = pack.add_argument_group("folder")
+    folder.add_argument("--split-folders", action="store_true", help="the first folder of a path is its split")
     pack.set_defaults(run=run_pack)
 
     index = programs.add_parser("index", help="decode every image once and write the index beside each shard")
-    index.add_argument("shards", nargs="+", metavar="SHARD", help="tar files, globs, or braces such as {000..127}.tar")
-    index.add_argument("--caption-field", metavar="NAME", help="JSON field with the captions, or txt (default: look)")
+    index.add_argument("shards", nargs="+", metavar="SHARD", help="tars: paths, URLs, globs, {000..127}.tar")
+    index.add_argument(
+        "--caption-field",
+        metavar="NAME",
+        help="JSON field with the captions (a.b goes into objects); txt: the text file is one caption; txt-lines: one "
+        "a line (default: JSON captions, caption, then txt)",
+    )
+    index.add_argument("--index-folder", metavar="DIR", help="for shards that nothing can be written beside")
     index.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="leave out larger images")
     index.add_argument("--threads", type=int, default=2, metavar="N", help="decoding threads (default: 2)")
     index.add_argument("--reasons", type=int, default=20, metavar="N", help="left-out images to list (default: 20)")
@@ -46,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
     inspect = programs.add_parser("inspect", help="counts, sizes, caption lengths, what was left out, a contact sheet")
     inspect.add_argument("shards", nargs="+", metavar="SHARD", help="indexed tar files, patterns, or shapes:SPLIT")
+    inspect.add_argument("--index-folder", metavar="DIR", help="where indexes are that do not lie beside their shards")
     inspect.add_argument("--sheet", default="contact_sheet.png", metavar="FILE", help="where the picture goes")
     inspect.add_argument("--reasons", type=int, default=20, metavar="N", help="left-out images to list (default: 20)")
     inspect.set_defaults(run=run_inspect)
@@ -58,44 +82,59 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_pack(options: argparse.Namespace) -> None:
-    """Pack, and say what was written and what was missing."""
-    from .pack import pack_jsonl
+    """Pack, and say what was written and what was left out."""
+    from .pack import pack
+    from .rows import RowOptions
 
-    report = pack_jsonl(
-        options.input, options.images, options.output, options.split, options.shard_mb * 2**20, options.overwrite
+    rows = RowOptions(
+        Path(options.images), options.default_split, options.restval, options.separator, not options.no_quotes,
+        options.image_column, options.caption_column, options.split_column, options.split_folders,
+    )  # fmt: skip
+    report = pack(
+        options.format, options.input, rows, options.output, options.split, options.shard_mb * 2**20, options.overwrite
     )
     for split, images in report.images.items():
         shards = [path for path in report.shards if path.name.startswith(f"{split}-")]
         size = sum(path.stat().st_size for path in shards) / 2**20
         print(f"{split}: {images:,} images, {report.captions[split]:,} captions, {len(shards)} shards, {size:,.1f} MiB")
-    if report.missing:
-        print(f"{len(report.missing):,} image files are missing and were left out:")
-        print("\n".join(f"    {name}" for name in report.missing[:20]))
-        if len(report.missing) > 20:
-            print(f"    and {len(report.missing) - 20:,} more")
+    for note in report.notes:
+        print(note)
+    for split, count in report.unasked.items():
+        print(f"{split}: {count:,} rows were not asked for (--split)")
+    print("\n".join(left_out_lines(report.left_out, options.reasons, "--reasons N")))
     print(f"Next: python -m mvle.data index {options.output}/*.tar")
 
 
 def run_index(options: argparse.Namespace) -> None:
-    """Index every shard, and list what was left out."""
-    from .indexing import index_shard
+    """Index every shard, and list what was left out. A shard that cannot be indexed does not keep the others from it;
+    at the end all such are named (DataError)."""
+    from .indexing import IndexPlaceError, index_shard
     from .patterns import expand_pattern
 
-    listed = 0
-    for path in [path for pattern in options.shards for path in expand_pattern(pattern)]:
+    left_out: list[tuple[str, str]] = []
+    failed: list[str] = []
+    paths = [path for pattern in options.shards for path in expand_pattern(pattern)]
+    for path in paths:
         started = time.perf_counter()
-        index = index_shard(path, options.caption_field, options.max_pixels, options.threads)
-        seconds = time.perf_counter() - started
+        try:
+            index = index_shard(
+                path, options.caption_field, options.max_pixels, options.threads, options.index_folder
+            )
+        except IndexPlaceError:
+            raise
+        except (DataError, OSError) as error:
+            failed.append(f"    {path}: {error}")
+            print(f"{path}: not indexed", flush=True)
+            continue
         print(
             f"{path}: {index.images:,} images, {index.pairs:,} captions, {len(index.left_out):,} left out "
-            f"({seconds:.1f} s)",
+            f"({time.perf_counter() - started:.1f} s)",
             flush=True,
         )
-        for key, reason in index.left_out[: max(options.reasons - listed, 0)]:
-            print(f"    {key}: {reason}")
-        listed += len(index.left_out)
-    if listed > options.reasons:
-        print(f"{listed - options.reasons:,} more left out are not shown (--reasons N; or inspect)")
+        left_out += [(f"{path.name} {key}", reason) for key, reason in index.left_out]
+    print("\n".join(left_out_lines(left_out, options.reasons, "--reasons N")))
+    if failed:
+        raise DataError("\n".join([f"{len(failed)} of {len(paths)} shards were not indexed:", *failed]))
 
 
 def run_inspect(options: argparse.Namespace) -> None:
@@ -103,7 +142,7 @@ def run_inspect(options: argparse.Namespace) -> None:
     from .inspect import contact_sheet, describe
     from .shards import ShardSet
 
-    shards = ShardSet.open(options.shards)
+    shards = ShardSet.open(options.shards, index_folder=options.index_folder)
     print(describe(shards, options.reasons))
     print(f"contact sheet: {contact_sheet(shards, options.sheet)}")
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from .captions import NAMES_COLOUR, NO_FLIP
 from .decode import FORMATS, MAX_PIXELS, DecodeError, centred_square, decode_window
+from .left_out import left_out_lines, printable
 from .shards import ShardSet
 
 _BAR = 40  # characters of the longest bar
@@ -27,7 +28,7 @@ def describe(shards: ShardSet, reasons: int = 20) -> str:
     extras = sorted(
         {n[6:-7] for i in shards.indexes for n in i.columns if n.startswith("extra.") and n.endswith(".offset")}
     )
-    lines += ["", "other parts of a pair: " + (", ".join(extras) or "none")]
+    lines += ["", "other parts of a pair: " + (printable(", ".join(extras)) or "none")]
     return "\n".join(lines)
 
 
@@ -109,10 +110,5 @@ def _caption_lines(shards: ShardSet) -> list[str]:
 
 
 def _left_out_lines(shards: ShardSet, reasons: int) -> list[str]:
-    found = [(index.path.name, key, why) for index in shards.indexes for key, why in index.left_out]
-    if not found:
-        return ["left out: nothing"]
-    kinds = Counter(why.split(":")[0] for _, _, why in found)
-    lines = [f"left out: {len(found):,} ({', '.join(f'{kind} {n:,}' for kind, n in kinds.most_common())})"]
-    lines += [f"    {shard} {key}: {why}" for shard, key, why in found[:reasons]]
-    return lines + ([f"    and {len(found) - reasons:,} more (--reasons N)"] if len(found) > reasons else [])
+    found = [(f"{index.path.name} {key}", why) for index in shards.indexes for key, why in index.left_out]
+    return left_out_lines(found, reasons, "--reasons N")

@@ -1,8 +1,8 @@
 """Pack image files and captions into WebDataset shards: `python -m mvle.data pack`.
 
-One JSON line an image: {"image": path under the images folder, "captions": [...], "split": ...} -> NUMBER.SUFFIX (the
-bytes as they are, decodable or not: indexing sorts out the bad ones) and NUMBER.json {"captions", "id", ...}. The
-same input gives the same bytes; shards appear under their names only when all of a pack is written.
+Whatever the input (rows.py), a pair becomes NUMBER.SUFFIX (the image's bytes as they are, decodable or not: indexing
+sorts out the bad ones) and NUMBER.json {"captions", "id", ...}. The same input gives the same bytes; shards appear
+under their names only when all of a pack is written.
 """
 
 from __future__ import annotations
@@ -10,34 +10,50 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path, PurePath
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from .errors import DataError
+from .files import is_url
 from .index import index_path
 from .indexing import IMAGE_SUFFIXES
+from .rows import Found, Row, RowOptions, split_name, without_captions
+from .rows_folder import read_folder
+from .rows_json import read_jsonl, read_karpathy
+from .rows_table import read_table
 from .tar import TarWriter
 
 SHARD_BYTES = 256 * 2**20
-DEFAULT_SPLIT = "train"  # of rows that name none
+READERS: Mapping[str, Callable[[Path, RowOptions], Found]] = {
+    "jsonl": read_jsonl,
+    "karpathy": read_karpathy,
+    "csv": read_table,
+    "tsv": lambda source, options: read_table(source, replace(options, separator=options.separator or "\t")),
+}
+FORMATS = (*READERS, "folder")  # a folder is its own input
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
 
 
 @dataclass
 class PackReport:
-    """What a pack wrote: the shards, images and captions of each split, and the image files that were not there."""
+    """What a pack wrote: shards, images and captions of each split; (name, reason) of what it left out; rows of splits
+    that were not asked for; and what else there is to say."""
 
     shards: list[Path] = field(default_factory=list)
     images: dict[str, int] = field(default_factory=dict)
     captions: dict[str, int] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    unasked: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
-def pack_jsonl(
-    input_file: str | os.PathLike[str],
-    images: str | os.PathLike[str],
+def pack(
+    form: str,
+    source: str | os.PathLike[str] | None,
+    options: RowOptions,
     output: str | os.PathLike[str],
     split: str | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -45,35 +61,38 @@ def pack_jsonl(
 ) -> PackReport:
     """Write OUTPUT/SPLIT-00000.tar, ... for every split (or `split` alone), each at most about shard_bytes large.
 
-    Missing image files are left out and reported. Raises DataError: a line that is no such row, no row of the split,
-    no image found, or shards of the split in the folder already (overwrite=True replaces them and their indexes).
+    form: one of FORMATS · source: the input file; None for a folder. Raises DataError: an input that is not of that
+    form, no row of the split, no image found, or shards of the split in the folder already (overwrite=True replaces
+    them and their indexes).
     """
-    source, folder = Path(input_file), Path(output)
-    if not source.is_file():
-        raise DataError(f"--input must be a file of JSON lines; there is no {source}.")
-    if not Path(images).is_dir():
-        raise DataError(f"--images must be the folder of the image files; there is no folder {images}.")
-    rows = [row for row in read_rows(source) if split in (None, row["split"])]
+    if is_url(os.fspath(output)):
+        raise DataError(f"--output must be a folder on a disk; got {output}. Pack there, then copy the shards.")
+    found, folder = _read(form, source, options), Path(output)
+    what = str(source or options.images)
+    rows, silent = without_captions(found.rows)
     if not rows:
-        raise DataError(
-            f"{source} has no row" + (f" of split {split}. Leave out --split to pack all." if split else ".")
-        )
-    splits = sorted({row["split"] for row in rows})
+        raise DataError(f"{what} has no row with an image and a caption ({len(found.left_out + silent)} left out).")
+    counts = Counter(row.split for row in rows)
+    rows = [row for row in rows if split in (None, row.split)]
+    if not rows:
+        raise DataError(f"{what} has no row of split {split} (it has {', '.join(counts)}). Leave out --split for all.")
+    splits = sorted({row.split for row in rows})
     old = [path for name in splits for path in sorted(folder.glob(f"{name}-*.tar"))]
     if old and not overwrite:
         raise DataError(f"{folder} holds shards already ({old[0].name}). Name another --output, or add --overwrite.")
 
-    report = PackReport()
+    report = PackReport(left_out=found.left_out + silent, notes=found.notes)
+    report.unasked = {name: count for name, count in counts.items() if name not in splits}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".packing.{os.getpid()}"
     temporary.mkdir()
     try:
         for name in splits:
-            _pack_split(
-                name, [row for row in rows if row["split"] == name], Path(images), temporary, shard_bytes, report
-            )
+            _pack_split(name, [r for r in rows if r.split == name], options.images, temporary, shard_bytes, report)
         if not report.shards:
-            raise DataError(f"none of the {len(rows)} image files is under {images}; {report.missing[0]} is the first.")
+            raise DataError(
+                f"none of the {len(rows)} image files is under {options.images}; {rows[0].image} is the first."
+            )
         for path in old:
             Path(str(index_path(path))).unlink(missing_ok=True)
             path.unlink()
@@ -84,63 +103,48 @@ def pack_jsonl(
     return report
 
 
-def read_rows(source: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file, with "captions" a list of str and "split" filled in. Raises DataError by line."""
-    expected = 'expected {"image": "file.jpg", "captions": ["...", ...], "split": "train"}'
-    with open(source, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{source}, line {number}: {expected}; it is not JSON: {error}.") from error
-            if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-                raise DataError(f"{source}, line {number}: {expected}; it names no image.")
-            image = PurePath(row["image"])
-            if image.is_absolute() or ".." in image.parts:  # else any file here could end up in shards to be shared
-                raise DataError(f"{source}, line {number}: an image must lie under --images; got {row['image']!r}.")
-            captions = row.pop("captions", row.pop("caption", None))
-            captions = [captions] if isinstance(captions, str) else captions
-            if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-                raise DataError(f"{source}, line {number}: {expected}; its captions are no list of texts.")
-            name = row.pop("split", DEFAULT_SPLIT)
-            if not isinstance(name, str) or not name or set(name) & set("/\\.*?[{"):
-                raise DataError(f"{source}, line {number}: a split must be a plain name; got {name!r}.")
-            yield {**row, "captions": captions, "split": name}
+def _read(form: str, source: str | os.PathLike[str] | None, options: RowOptions) -> Found:
+    split_name(options.default_split, "--default-split")
+    split_name(options.restval, "--restval")
+    if not options.images.is_dir():
+        raise DataError(f"--images must be the folder of the image files; there is no folder {options.images}.")
+    if form == "folder":
+        if source is not None:
+            raise DataError(f"--input is not for --format folder, whose input is --images; got {source}.")
+        return read_folder(options)
+    if form not in READERS:
+        raise DataError(f"--format must be one of {', '.join(FORMATS)}; got {form}.")
+    if source is None or not Path(source).is_file():
+        raise DataError(f"--input must be a {form} file; there is no {source or 'file named'}.")
+    return READERS[form](Path(source), options)
 
 
 def _pack_split(
-    name: str, rows: list[dict[str, Any]], images: Path, folder: Path, shard_bytes: int, report: PackReport
+    name: str, rows: Sequence[Row], images: Path, folder: Path, shard_bytes: int, report: PackReport
 ) -> None:
-    tar: TarWriter | None = None
-    report.images[name] = report.captions[name] = 0
-    try:
+    """Write the shards of one split. Image files that are not there are left out."""
+    report.images[name] = report.captions[name] = shards = 0
+    with ExitStack() as stack:
+        tar: TarWriter | None = None
         for number, row in enumerate(rows):
-            path = images / row["image"]
             try:
-                data = path.read_bytes()
+                data = (images / row.image).read_bytes()
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-                report.missing.append(row["image"])
+                report.left_out.append((row.image, "no such image file"))
                 continue
             if tar is not None and tar.size + len(data) > shard_bytes:
-                tar.__exit__(None, None, None)
+                stack.close()  # the shard is whole
                 tar = None
             if tar is None:
-                tar = TarWriter(folder / f"{name}-{sum(p.name.startswith(f'{name}-') for p in report.shards):05d}.tar")
+                tar = stack.enter_context(TarWriter(folder / f"{name}-{shards:05d}.tar"))
                 report.shards.append(tar.path)
-            record = {"id": row["image"], **{k: v for k, v in row.items() if k not in ("image", "split")}}
+                shards += 1
+            record = {"id": row.image, **row.record, "captions": row.captions}
             key = f"{name}{number:08d}"
-            tar.add(f"{key}.{_suffix(row['image'], data)}", data)
-            tar.add(f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
+            tar.add(f"{key}.{_suffix(row.image, data)}", data)
+            tar.add(f"{key}.json", json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
             report.images[name] += 1
-            report.captions[name] += len(row["captions"])
-    except BaseException as error:
-        if tar is not None:
-            tar.__exit__(type(error), error, error.__traceback__)
-        raise
-    if tar is not None:
-        tar.__exit__(None, None, None)
+            report.captions[name] += len(row.captions)
 
 
 def _suffix(name: str, data: bytes) -> str:

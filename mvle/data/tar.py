@@ -105,8 +105,8 @@ def _damage(name: str, position: int, header: bytes) -> str:
     for magic, kind, command in _COMPRESSED:
         if header.startswith(magic):
             return (
-                f"{name} must be an uncompressed tar; it is {kind}, and images are read where they lie. Unpack it first: "
-                f"{command}, then name the .tar file."
+                f"{name} must be an uncompressed tar; it is {kind}, and images are read where they lie. Unpack it "
+                f"first: {command}, then name the .tar file."
             )
     if header.startswith(b"PAR1"):
         return f"{name} must be a tar; it is parquet, a table that lies beside shards. Name the .tar files alone."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -11,7 +12,8 @@ from PIL import Image
 from mvle.data.__main__ import main
 from mvle.data.errors import DataError
 from mvle.data.indexing import index_shard
-from mvle.data.pack import pack_jsonl, read_rows
+from mvle.data.pack import PackReport, pack
+from mvle.data.rows import RowOptions
 from mvle.data.shards import ShardSet
 
 from .data_files import encode, make_shards, picture
@@ -32,17 +34,17 @@ def source(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def pack(source: Path, output: str = "out", **options: object) -> object:
-    return pack_jsonl(source / "rows.jsonl", source / "images", source / output, **options)  # type: ignore[arg-type]
+def packed(source: Path, output: str = "out", images: str = "images", **options: Any) -> PackReport:
+    return pack("jsonl", source / "rows.jsonl", RowOptions(source / images), source / output, **options)
 
 
 def test_image_bytes_are_packed_as_they_are_even_if_undecodable(source: Path) -> None:
-    report = pack(source)
+    report = packed(source)
     (train,) = sorted((source / "out").glob("train-*.tar"))
     index = index_shard(train)
     shards = ShardSet.open([str(train)])
 
-    assert report.images == {"train": 6, "val": 2} and report.missing == ["gone.jpg"]
+    assert report.images == {"train": 6, "val": 2} and report.left_out == [("gone.jpg", "no such image file")]
     assert [reason for _, reason in index.left_out] and "sub/photo.3.JPG" in index.left_out[0][1]
     for row in range(shards.images):
         record = json.loads(shards.extra(row, "json") or b"")
@@ -51,14 +53,14 @@ def test_image_bytes_are_packed_as_they_are_even_if_undecodable(source: Path) ->
 
 
 def test_packing_twice_gives_the_same_bytes(source: Path) -> None:
-    pack(source, "one")
-    pack(source, "two")
+    packed(source, "one")
+    packed(source, "two")
     for path in (source / "one").iterdir():
         assert path.read_bytes() == (source / "two" / path.name).read_bytes()
 
 
 def test_shards_stay_below_their_bound(source: Path) -> None:
-    report = pack(source, shard_bytes=6000)
+    report = packed(source, shard_bytes=6000)
     assert len(report.shards) > 2
     assert [p.name for p in report.shards if "train" in p.name][:2] == ["train-00000.tar", "train-00001.tar"]
     assert all(path.stat().st_size < 6000 + 2048 for path in report.shards)
@@ -69,18 +71,18 @@ def test_shards_stay_below_their_bound(source: Path) -> None:
 
 
 def test_one_split_can_be_packed_alone(source: Path) -> None:
-    pack(source, split="val")
+    packed(source, split="val")
     assert [p.name for p in (source / "out").iterdir()] == ["val-00000.tar"]
-    with pytest.raises(DataError, match="no row of split dev"):
-        pack(source, split="dev")
+    with pytest.raises(DataError, match=r"no row of split dev \(it has train, val\)"):
+        packed(source, split="dev")
 
 
 def test_shards_that_are_there_are_not_overwritten_unasked(source: Path) -> None:
-    pack(source)
+    packed(source)
     index_shard(source / "out" / "train-00000.tar")
     with pytest.raises(DataError, match=r"holds shards already \(train-00000\.tar\).*--overwrite"):
-        pack(source)
-    pack(source, overwrite=True)
+        packed(source)
+    packed(source, overwrite=True)
     assert sorted(p.name for p in (source / "out").iterdir()) == ["train-00000.tar", "val-00000.tar"]
 
 
@@ -97,14 +99,14 @@ def test_a_wrong_row_is_named_by_its_line_and_nothing_is_written(source: Path, l
     rows = source / "rows.jsonl"
     rows.write_text(rows.read_text().splitlines()[0] + "\n" + line + "\n")
     with pytest.raises(DataError, match=message):
-        pack(source)
+        packed(source)
     assert not (source / "out").exists()
 
 
 def test_a_wrong_image_folder_is_said_and_leaves_nothing(source: Path) -> None:
     (source / "empty").mkdir()
     with pytest.raises(DataError, match="none of the 9 image files is under"):
-        pack_jsonl(source / "rows.jsonl", source / "empty", source / "out")
+        packed(source, images="empty")
     assert list((source / "out").iterdir()) == []
 
 
@@ -113,14 +115,14 @@ def test_pack_index_and_inspect_from_the_command_line(source: Path, capsys: pyte
     arguments = ["--input", str(source / "rows.jsonl"), "--images", str(source / "images"), "--output", str(out)]
 
     assert main(["pack", "--format", "jsonl", *arguments]) == 0
-    packed = capsys.readouterr().out
+    said = capsys.readouterr().out
     assert main(["index", f"{out}/*.tar"]) == 0
     indexed = capsys.readouterr().out
     assert main(["inspect", f"{out}/{{train,val}}-00000.tar", "--sheet", str(source / "sheet.png")]) == 0
     inspected = capsys.readouterr().out
 
-    assert "train: 6 images, 12 captions, 1 shards" in packed and "1 image files are missing" in packed
-    assert "python -m mvle.data index" in packed
+    assert "train: 6 images, 12 captions, 1 shards" in said and "gone.jpg: no such image file" in said
+    assert "python -m mvle.data index" in said
     assert "5 images, 10 captions, 1 left out" in indexed and "undecodable" in indexed
     assert "7 images, 14 captions in 2 shards" in inspected and "left out: 1 (undecodable 1)" in inspected
     assert Image.open(source / "sheet.png").size[0] > 1000
@@ -144,8 +146,8 @@ def test_inspect_counts_what_the_shards_hold(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "a/../../secret.txt"])
 def test_an_image_outside_the_folder_is_refused_by_line(tmp_path: Path, name: str) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"image": name, "captions": ["a caption"]}) + "\n")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": name, "captions": ["a caption"]}) + "\n")
 
     with pytest.raises(DataError, match="line 1: an image must lie under --images"):
-        list(read_rows(rows))
+        packed(tmp_path)
