@@ -44,6 +44,7 @@ FREE_ON_RESUME = (
     "data.val",
     "data.test",
     "data.shapes_folder",
+    "data.index_folder",
     "data.threads",
     "data.max_bad_share",
     "optim.max_skipped",

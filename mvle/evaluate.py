@@ -176,7 +176,8 @@ def open_data(run: OpenedRun, patterns: Sequence[str]) -> ShardSet:
     """The shards; shapes:SPLIT is found where the run has it. Raises DataError."""
     from .data.shards import ShardSet
 
-    return ShardSet.open(list(patterns), run.config.data.shapes_folder, run.config.data.shapes_captions)
+    data = run.config.data
+    return ShardSet.open(list(patterns), data.shapes_folder, data.shapes_captions, data.index_folder)
 
 
 def fingerprint(run: OpenedRun, shards: ShardSet) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .data.files import shown
 from .evaluate import add_checkpoint_arguments
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ def facts(
         ("weights", "EMA (slow average)" if run.weights == "ema" else "as trained"),
         ("images", f"{image.size} px, patches of {image.patch}"),
         ("masked", f"{share} of {config.masking.cell}-px cells, {config.masking.text_ratio:g} of the words"),
-        ("trained on", " ".join(config.data.patterns("train"))),
-        ("shown here", f"{' '.join(patterns)} ({shards.images:,} images)"),
+        ("trained on", shown(" ".join(config.data.train or ()))),
+        ("shown here", f"{shown(' '.join(patterns))} ({shards.images:,} images)"),
     ]
     if config.approximations:
         out.append(("approximations", "; ".join(config.approximations)))

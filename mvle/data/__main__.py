@@ -117,9 +117,7 @@ def run_index(options: argparse.Namespace) -> None:
     for path in paths:
         started = time.perf_counter()
         try:
-            index = index_shard(
-                path, options.caption_field, options.max_pixels, options.threads, options.index_folder
-            )
+            index = index_shard(path, options.caption_field, options.max_pixels, options.threads, options.index_folder)
         except IndexPlaceError:
             raise
         except (DataError, OSError) as error:

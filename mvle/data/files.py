@@ -99,7 +99,7 @@ class RemoteFile:
         return file_system, path
 
     def __str__(self) -> str:
-        return _without_keys(self.url)
+        return shown(self.url)
 
     def __repr__(self) -> str:
         return f"RemoteFile({str(self)!r})"
@@ -364,7 +364,7 @@ def _plain_errors(file: RemoteFile) -> Iterator[None]:
         error: BaseException = raised
         if isinstance(raised, FileNotFoundError) and raised.__cause__ and not _says_absent(raised.__cause__):
             error = raised.__cause__  # fsspec's HTTP driver calls a server that is down a file that is not there
-        words = _without_keys(f"{type(error).__name__}: {error}")
+        words = shown(f"{type(error).__name__}: {error}")
         answer = _http_status(error)
         if isinstance(error, FileNotFoundError | NotADirectoryError) or answer in (404, 410):
             raise FileNotFoundError(errno.ENOENT, "there is no such file", str(file)) from None
@@ -386,11 +386,12 @@ def _says_absent(cause: BaseException) -> bool:
 
 
 def _http_status(error: BaseException) -> int | None:
-    answer = getattr(error, "status", getattr(error, "code", None))
+    answer = error.status if hasattr(error, "status") else getattr(error, "code", None)
     return answer if isinstance(answer, int) and 400 <= answer < 600 else None
 
 
-def _without_keys(text: str) -> str:
+def shown(text: str) -> str:
+    """A URL, or words with URLs in them, without user, password and query, which are keys."""
     text = re.sub(r"(\w://)[^\s/?'\"]*@", r"\1", text)
     return re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\")]*", r"\1?...", text)
 

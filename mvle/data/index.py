@@ -32,9 +32,7 @@ _OPENERS = 32  # indexes behind URLs that are opened at once: each is two or thr
 Result = TypeVar("Result")
 
 
-def index_path(
-    shard: str | os.PathLike[str] | RemoteFile, index_folder: str | os.PathLike[str] | None = None
-) -> File:
+def index_path(shard: str | os.PathLike[str] | RemoteFile, index_folder: str | os.PathLike[str] | None = None) -> File:
     """Where the index of a shard lies: beside it, or under index_folder by the shard's whole path, so that shards of
     one name do not meet there."""
     file = locate(shard)
@@ -125,9 +123,7 @@ class ShardIndex:
         return self.columns[f"{name}.bytes"][start:stop].tobytes().decode("utf-8", "surrogateescape")
 
 
-def open_indexes(
-    paths: Sequence[File], index_folder: str | os.PathLike[str] | None = None
-) -> list[ShardIndex]:
+def open_indexes(paths: Sequence[File], index_folder: str | os.PathLike[str] | None = None) -> list[ShardIndex]:
     """The index of each shard. Raises DataError, with the command that mends it, where one is missing or stale, or a
     shard is not there."""
 

@@ -59,9 +59,9 @@ def index_shard(
     damaged, IndexPlaceError where no index can be written, OSError where there is no such shard.
     """
     shard, place = locate(path), index_path(path, index_folder)
-    state = status(shard)
     if is_read_only(place):
         raise _no_place(place, "it is read-only", index_folder)
+    state = status(shard)
     with local_copy(shard) as copy:
         results = _examine_all(copy, str(shard), caption_field, max_pixels, threads)
 

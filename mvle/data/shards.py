@@ -40,9 +40,7 @@ class ShardSet:
         self.pairs = sum(index.pairs for index in self.indexes)
         if self.images == 0:
             names = ", ".join(str(index.path) for index in self.indexes[:3])
-            raise DataError(
-                f"these shards hold no usable image ({names}). See why: python -m mvle.data index {names}"
-            )
+            raise DataError(f"these shards hold no usable image ({names}). See why: python -m mvle.data index {names}")
 
     @staticmethod
     def open(

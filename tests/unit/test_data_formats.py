@@ -71,9 +71,7 @@ def write_karpathy(folder: Path) -> tuple[str, Path, dict[str, Any]]:
 def table_lines() -> list[list[str]]:
     """One caption a line, captions of an image apart from one another, their order kept."""
     longest = max(len(captions) for captions in CAPTIONS)
-    return [
-        [name_of(i), CAPTIONS[i][n], SPLITS[i]] for n in range(longest) for i in range(6) if n < len(CAPTIONS[i])
-    ]
+    return [[name_of(i), CAPTIONS[i][n], SPLITS[i]] for n in range(longest) for i in range(6) if n < len(CAPTIONS[i])]
 
 
 def write_csv(folder: Path) -> tuple[str, Path, dict[str, Any]]:
@@ -275,9 +273,7 @@ def test_a_table_without_splits_goes_into_the_split_that_is_asked_for(images: Pa
         ("image,caption\n", {}, "has no row with an image and a caption"),
     ],
 )
-def test_a_wrong_table_is_told_by_line(
-    images: Path, text: str | bytes, options: dict[str, Any], message: str
-) -> None:
+def test_a_wrong_table_is_told_by_line(images: Path, text: str | bytes, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         pack_table(images, text, **options)
     assert not (images.parent / "out").exists()

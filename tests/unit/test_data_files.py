@@ -1,0 +1,488 @@
+"""Shards behind URLs: the same pairs as from a disk, and what is said when a server or driver does not do its part."""
+
+from __future__ import annotations
+
+import errno
+import http.server
+import json
+import os
+import shutil
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import known_implementations
+
+from mvle.data import files
+from mvle.data.__main__ import main
+from mvle.data.errors import DataError
+from mvle.data.index import index_path
+from mvle.data.indexing import IndexPlaceError, index_shard
+from mvle.data.loader import DataConfig, Loader, open_shards
+from mvle.data.patterns import expand_pattern
+from mvle.data.plan import SamplingPlan
+from mvle.data.shards import ShardSet
+from mvle.data.tokenizer import Tokenizer, train_bpe
+from mvle.data.workers import Workers
+
+from .data_files import make_shards, pair, write_shard
+
+ROOT = "memory://shards-of-tests"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe([f"picture number {i} again" for i in range(10)] * 3, 320)
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of a folder in memory with part-000.tar .. part-002.tar, whose indexes lie on the disk alone."""
+    monkeypatch.setattr(files, "RETRY_SECONDS", (0.0, 0.0))
+    (tmp_path / "disk").mkdir()
+    make_shards(tmp_path / "disk", [5, 4, 6])
+    memory = fsspec.filesystem("memory")
+    for path in sorted((tmp_path / "disk").glob("*.tar")):
+        memory.pipe_file(f"{ROOT}/{path.name}", path.read_bytes())
+    yield ROOT
+    memory.rm(ROOT, recursive=True)
+
+
+def shown(shards: ShardSet, tokenizer: Tokenizer) -> list[tuple[Any, ...]]:
+    """What the model gets of the first steps."""
+    plan = SamplingPlan(shards, seed=3, batch_total=6, slots=6)
+    with Loader(DataConfig(), plan, shards, tokenizer, image_size=16, max_tokens=12, steps=3) as loader:
+        return [
+            (b.keys, b.pair_ids.tolist(), b.image_ids.tolist(), b.text.rows.tolist(), b.images.tolist()) for b in loader
+        ]
+
+
+def index_all(pattern: str, **options: Any) -> None:
+    for path in expand_pattern(pattern):
+        index_shard(path, **options)
+
+
+# --- the same pairs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_batches_and_fingerprint_from_a_url_are_those_from_a_disk(
+    remote: str, tmp_path: Path, tokenizer: Tokenizer, kind: str
+) -> None:
+    url = remote if kind == "memory" else f"file://{tmp_path}/disk"
+    index_all(f"{url}/part-{{000..002}}.tar")
+
+    here = ShardSet.open(f"{tmp_path}/disk/*.tar")
+    there = ShardSet.open(f"{url}/part-{{000..002}}.tar")
+
+    assert there.fingerprint == here.fingerprint and there.images == 15
+    assert shown(there, tokenizer) == shown(here, tokenizer)
+    assert there.extra(7, "json") == here.extra(7, "json")
+    assert isinstance(there.shard_path(0), Path) == (kind == "file")  # a local URL is read as any file of the disk
+
+
+def test_indexing_inspecting_and_globs_work_on_urls_from_the_command_line(
+    remote: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["index", f"{remote}/*.tar"]) == 0
+    assert f"{remote}/part-002.tar: 6 images" in capsys.readouterr().out
+    assert main(["inspect", f"{remote}/part-00[01].tar", "--sheet", str(tmp_path / "sheet.png")]) == 0
+    assert "9 images, 18 captions in 2 shards" in capsys.readouterr().out
+    assert (tmp_path / "sheet.png").is_file()
+
+
+def test_a_part_of_a_shard_is_fetched_and_not_the_whole(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index_all(f"{remote}/*.tar")
+    shards, fetched = ShardSet.open(f"{remote}/*.tar"), []
+    original = MemoryFileSystem.cat_file
+
+    def counted(self: Any, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        fetched.append((start, end))
+        return original(self, path, start, end, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
+    data = shards.image_bytes(4)
+    offset = int(shards.indexes[0].columns["image.offset"][4])
+    assert fetched == [(offset, offset + len(data))]
+
+
+def test_many_threads_read_at_once(remote: str, tmp_path: Path) -> None:
+    index_all(f"{remote}/*.tar")
+    shards, here = ShardSet.open(f"{remote}/*.tar"), ShardSet.open(f"{tmp_path}/disk/*.tar")
+    workers = Workers(8, "reader")
+    rows = [i % 15 for i in range(240)]
+    assert workers.map(shards.image_bytes, rows) == [here.image_bytes(row) for row in rows]
+    workers.stop()
+
+
+# --- what is missing or changes --------------------------------------------------------------------------------------
+
+
+def test_a_url_without_an_index_is_answered_with_the_command(remote: str) -> None:
+    index_shard(f"{remote}/part-001.tar")
+    with pytest.raises(DataError, match=rf"(?s)2 of 3 shards have no index.*mvle.data index {remote}/part-000.tar"):
+        ShardSet.open(f"{remote}/*.tar")
+
+
+def test_a_url_that_names_nothing_is_told(remote: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DataError, match=rf"there is no shard {remote}/part-003.tar"):
+        ShardSet.open(f"{remote}/part-{{003..004}}.tar")
+    with pytest.raises(DataError, match=rf"no shard matches {remote}/x-\*.tar\. Make shards"):
+        ShardSet.open(f"{remote}/x-*.tar")
+    assert main(["index", f"{remote}/part-003.tar"]) == 2
+    assert "1 of 1 shards were not indexed" in capsys.readouterr().err
+
+
+def test_a_shard_behind_a_url_that_a_glob_misses_is_named_by_its_index(remote: str) -> None:
+    index_all(f"{remote}/*.tar")
+    fsspec.filesystem("memory").rm(f"{remote}/part-001.tar")
+    with pytest.raises(DataError, match=r"part-001\.tar is gone, and its index is there"):
+        ShardSet.open(f"{remote}/*.tar")
+
+
+def remove(url: str) -> None:
+    fsspec.filesystem("memory").rm(url)
+
+
+def replace_by_a_longer_one(url: str) -> None:
+    fsspec.filesystem("memory").pipe_file(url, files.read_bytes(files.locate(url)) + bytes(512))
+
+
+def replace_by_one_of_the_same_size(url: str) -> None:
+    fsspec.filesystem("memory").pipe_file(url, bytes(files.status(files.locate(url)).size))
+
+
+@pytest.mark.parametrize(
+    ("change", "now"),
+    [
+        (remove, "it is gone"),
+        (replace_by_a_longer_one, r"it has [\d,]+ bytes"),
+        (replace_by_one_of_the_same_size, "it was written since the run began"),
+    ],
+)
+def test_a_shard_behind_a_url_that_changes_in_mid_run_stops_it(
+    remote: str, tokenizer: Tokenizer, change: Callable[[str], None], now: str
+) -> None:
+    index_all(f"{remote}/*.tar")
+    shards = ShardSet.open(f"{remote}/*.tar")
+    change(f"{remote}/part-000.tar")
+    with pytest.raises(DataError, match=rf"the shard {remote}/part-000.tar changed while it is in use: .*{now}"):
+        shown(shards, tokenizer)
+
+
+def test_a_shard_behind_a_url_that_changed_after_its_index_is_refused(remote: str) -> None:
+    index_all(f"{remote}/*.tar")
+    replace_by_one_of_the_same_size(f"{remote}/part-001.tar")
+    with pytest.raises(DataError, match="part-001.tar first: the shard was written after it was indexed"):
+        ShardSet.open(f"{remote}/*.tar")
+
+
+def test_a_server_that_tells_no_times_is_believed_the_size(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = MemoryFileSystem.info
+    monkeypatch.setattr(
+        MemoryFileSystem, "info", lambda self, path, **o: {**original(self, path, **o), "created": None}
+    )
+    index_all(f"{remote}/*.tar")
+    assert ShardSet.open(f"{remote}/*.tar").indexes[0].header["time_ns"] is None
+    replace_by_a_longer_one(f"{remote}/part-001.tar")
+    with pytest.raises(DataError, match=r"the shard has \d+ bytes and had \d+"):
+        ShardSet.open(f"{remote}/*.tar")
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"LastModified": "2026-01-02T03:04:05Z"}, 1767323045),
+        ({"mtime": 1767323045.5}, 1767323045.5),
+        ({"updated": "2026-01-02T04:04:05+01:00"}, 1767323045),
+        ({"mtime": "yesterday"}, None),
+        ({}, None),
+    ],
+)
+def test_times_are_read_as_drivers_write_them(info: dict[str, Any], expected: float | None) -> None:
+    assert files._time_ns(info) == (None if expected is None else int(expected * 1e9))
+
+
+# --- servers and drivers ---------------------------------------------------------------------------------------------
+
+
+class DriverError(Exception):
+    """As a driver's own library raises: no OSError, and its words hold the URL as it was asked for."""
+
+
+def test_a_read_that_a_server_fails_for_a_moment_is_tried_again(
+    remote: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    index_all(f"{remote}/*.tar")
+    shards, tries = ShardSet.open(f"{remote}/*.tar"), []
+    right, original = shards.image_bytes(0), MemoryFileSystem.cat_file
+
+    def flaky(self: Any, path: str, *arguments: Any, **options: Any) -> bytes:
+        tries.append(path)
+        if len(tries) < 3:
+            raise DriverError("503 at https://me@host/x?token=SECRET")
+        return original(self, path, *arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", flaky)
+    assert shards.image_bytes(0) == right
+    assert caplog.text.count("trying again") == 2 and "SECRET" not in caplog.text and "me@" not in caplog.text
+
+
+def test_a_server_that_stays_away_is_named_with_its_words_and_without_keys(
+    remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_all(f"{remote}/*.tar")
+    shards = ShardSet.open(f"{remote}/*.tar")
+
+    def broken(self: Any, path: str, *arguments: Any, **options: Any) -> bytes:
+        raise DriverError("cannot connect to https://me:hidden@host/x?token=SECRET")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", broken)
+    with pytest.raises(DataError, match=r"part-000\.tar cannot be read, after 3 tries: .*cannot connect") as caught:
+        shards.image_bytes(0)
+    told = "".join(traceback.format_exception(caught.value))
+    assert "SECRET" not in told and "hidden" not in told and "https://host/x?..." in told
+
+
+@pytest.mark.parametrize("status", [401, 403, 400, 501])
+def test_an_answer_that_no_further_try_would_mend_is_told_at_once(
+    remote: str, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    index_all(f"{remote}/*.tar")
+    shards, tries = ShardSet.open(f"{remote}/*.tar"), []
+
+    def refused(self: Any, path: str, *arguments: Any, **options: Any) -> bytes:
+        tries.append(path)
+        error = DriverError("no")
+        error.status = status  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", refused)
+    words = "access is refused" if status in (401, 403) else "does not do that"
+    with pytest.raises(DataError, match=f"part-000.tar cannot be read: .*{words}"):
+        shards.image_bytes(0)
+    assert len(tries) == 1
+
+
+def test_a_server_that_is_down_is_no_shard_that_is_gone(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(self: Any, path: str, **options: Any) -> dict[str, Any]:
+        raise FileNotFoundError(path) from ConnectionRefusedError("refused")  # as fsspec's HTTP driver says it
+
+    monkeypatch.setattr(MemoryFileSystem, "info", down)
+    with pytest.raises(DataError, match="cannot be asked for, after 3 tries: .*ConnectionRefusedError"):
+        ShardSet.open(f"{remote}/part-000.tar")
+
+
+def test_a_server_that_ignores_byte_ranges_is_told_from_a_longer_file(
+    remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index_all(f"{remote}/*.tar")
+    shards, original = ShardSet.open(f"{remote}/*.tar"), MemoryFileSystem.cat_file
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda self, path, **o: original(self, path))
+    with pytest.raises(DataError, match="it does not answer byte ranges"):
+        shards.image_bytes(0)
+
+
+def test_a_shard_that_comes_in_part_is_fetched_again(
+    remote: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tries, original = [], MemoryFileSystem.get_file
+
+    def cut(self: Any, path: str, local: str, **options: Any) -> None:
+        original(self, path, local, **options)
+        tries.append(path)
+        if len(tries) == 1:
+            os.truncate(local, 1000)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", cut)
+    assert index_shard(f"{remote}/part-000.tar").images == 5
+    assert len(tries) == 2
+
+
+def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(known_implementations, "nodriver", {"class": "no_such_module.FS", "err": "Install it"})
+    monkeypatch.setitem(files._DRIVERS, "nodriver", "nodriverfs")
+    with pytest.raises(DataError, match="nodriver:// needs a driver that is not installed.*: pip install nodriverfs"):
+        ShardSet.open("nodriver://bucket/x-{000..001}.tar")
+    with pytest.raises(DataError, match="there is no driver for nowhere://"):
+        ShardSet.open("nowhere://bucket/*.tar")
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_keys_in_a_url_are_never_shown() -> None:
+    file = files.locate("https://me@host/a/x.tar?sig=SECRET&v=1")
+    assert (str(file), repr(file), file.name) == (
+        "https://host/a/x.tar?...",
+        "RemoteFile('https://host/a/x.tar?...')",
+        "x.tar",
+    )
+    assert index_path(file).url == "https://me@host/a/x.tar.index.safetensors?sig=SECRET&v=1"
+    with pytest.raises(DataError, match="a password in a URL") as caught:
+        files.locate("sftp://me:hidden@host/x.tar")
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_chain_of_file_systems_is_refused() -> None:
+    with pytest.raises(DataError, match="must name one file system"):
+        files.locate("simplecache::s3://bucket/x.tar")
+
+
+def test_a_query_is_no_glob_and_a_bracketed_host_neither() -> None:
+    assert not files.has_magic("https://host/x.tar?a=[1]*")
+    assert not files.has_magic("http://[::1]:80/x.tar")
+    assert files.has_magic("s3://bucket/x-[0-9].tar") and files.has_magic("gs://bucket/*/x.tar")
+
+
+# --- places where no index can be written ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """train/00000.tar and val/00000.tar in a folder that refuses whatever is written."""
+    for seed, split in enumerate(("train", "val")):
+        (tmp_path / "ro" / split).mkdir(parents=True)
+        write_shard(tmp_path / "ro" / split / "00000.tar", [(f"{split}{i}", pair(10 * seed + i)) for i in range(3)])
+    replace = os.replace
+
+    def refuse(source: str, target: str) -> None:
+        if Path(target).is_relative_to(tmp_path / "ro"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    return tmp_path / "ro"
+
+
+def test_a_read_only_place_is_told_with_what_to_do(read_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(IndexPlaceError, match="Read-only file system.*--index-folder DIR.*data.index_folder=DIR"):
+        index_shard(read_only / "train" / "00000.tar")
+    assert sorted(p.name for p in (read_only / "train").iterdir()) == ["00000.tar"]
+    assert main(["index", f"{read_only}/*/*.tar"]) == 2  # and does not decode the next shard for nothing
+    assert "were not indexed" not in capsys.readouterr().err
+    with pytest.raises(IndexPlaceError, match="it is read-only"):
+        index_shard("https://host.invalid/00000.tar")
+
+
+def test_shards_of_one_name_have_their_own_places_in_an_index_folder(
+    read_only: Path, tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    indexes = tmp_path / "indexes"
+    assert main(["index", f"{read_only}/*/*.tar", "--index-folder", str(indexes)]) == 0
+    options = ["--index-folder", str(indexes), "--sheet", f"{tmp_path}/sheet.png"]
+    assert main(["inspect", f"{read_only}/*/*.tar", *options]) == 0
+    config = DataConfig(train=f"{read_only}/train/*.tar", val=f"{read_only}/val/*.tar", index_folder=str(indexes))
+    train, val = open_shards(config, "train"), open_shards(config, "val")
+    assert [train.key(0), val.key(0)] == ["train0", "val0"]
+
+    shutil.copytree(read_only, tmp_path / "rw")
+    index_all(f"{tmp_path}/rw/train/*.tar")
+    assert ShardSet.open(f"{tmp_path}/rw/train/*.tar", index_folder=indexes).fingerprint == train.fingerprint
+    with pytest.raises(DataError, match=f"have no index.*(?s:.)*--index-folder {indexes}"):
+        ShardSet.open(f"{tmp_path}/rw/val/*.tar", index_folder=indexes)
+    (read_only / "val" / "00000.tar").rename(read_only / "val" / "1.tar")
+    with pytest.raises(DataError, match="00000.tar is gone, and its index is there"):
+        ShardSet.open(f"{read_only}/*/0*.tar", index_folder=indexes)
+
+
+def test_an_index_folder_may_lie_behind_a_url_and_hold_indexes_of_urls(remote: str, tmp_path: Path) -> None:
+    index_all(f"{remote}/*.tar", index_folder=f"{ROOT}/indexes")
+    assert ShardSet.open(f"{remote}/*.tar", index_folder=f"{ROOT}/indexes").images == 15
+    index_all(f"{remote}/*.tar", index_folder=tmp_path / "indexes")
+    assert (tmp_path / "indexes" / "memory" / "shards-of-tests" / "part-000.tar.index.safetensors").is_file()
+
+
+# --- a web server ----------------------------------------------------------------------------------------------------
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """A file server that answers byte ranges, and fails as often as it is told to."""
+
+    failures: ClassVar[list[int]] = []
+    ranged: ClassVar[bool] = True
+
+    def do_GET(self) -> None:
+        if self.failures:
+            self.send_error(self.failures.pop())
+            return
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data, span = path.read_bytes(), self.headers.get("Range")
+        if span and self.ranged:
+            first, last = (int(n) for n in span.removeprefix("bytes=").split("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            data = data[first : last + 1]
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    pytest.importorskip("aiohttp", reason="fsspec's HTTP driver needs aiohttp, which is not installed")
+    monkeypatch.setattr(Ranges, "failures", [])
+    folder = str(tmp_path / "disk")
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0),
+        lambda *arguments: Ranges(*arguments, directory=folder),  # type: ignore[arg-type]
+    )
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_web_server_gives_the_batches_of_a_disk(web: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    indexes = tmp_path / "indexes"
+    index_all(f"{web}/part-{{000..002}}.tar", index_folder=indexes)
+    there = ShardSet.open(f"{web}/part-{{000..002}}.tar?token=SECRET", index_folder=indexes)
+    here = ShardSet.open(f"{tmp_path}/disk/*.tar")
+    assert there.fingerprint == here.fingerprint
+    assert shown(there, tokenizer) == shown(here, tokenizer)
+
+
+def test_a_web_servers_answers_are_told_apart(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = ShardSet.open(f"{web}/part-000.tar")  # its index lies beside it, as it was uploaded
+    right = ShardSet.open(f"{tmp_path}/disk/part-000.tar").image_bytes(0)
+
+    Ranges.failures = [503, 500]
+    assert shards.image_bytes(0) == right
+    Ranges.failures = [403]
+    with pytest.raises(DataError, match="access is refused"):
+        shards.image_bytes(0)
+    with pytest.raises(DataError, match="there is no shard http.*/nothing.tar"):
+        ShardSet.open(f"{web}/nothing.tar")
+    monkeypatch.setattr(Ranges, "ranged", False)
+    with pytest.raises(DataError, match="does not answer byte ranges"):
+        shards.image_bytes(0)
+
+
+def test_a_web_server_that_is_down_is_named_after_some_tries(web: str) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        with pytest.raises(DataError, match="cannot be asked for, after 3 tries"):
+            ShardSet.open(f"http://127.0.0.1:{nobody.getsockname()[1]}/part-000.tar")
+
+
+def test_a_run_config_takes_urls(remote: str) -> None:
+    index_all(f"{remote}/*.tar")
+    config = DataConfig.model_validate({"train": f"{remote}/part-{{000..002}}.tar"})
+    assert open_shards(config, "train").images == 15
+    assert json.loads(config.model_dump_json())["train"] == [f"{remote}/part-{{000..002}}.tar"]
