@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data.files import shown
+from .data.remote import shown
 from .evaluate import add_checkpoint_arguments
 
 if TYPE_CHECKING:

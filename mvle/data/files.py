@@ -7,9 +7,6 @@ is refused, EIO and its like where another try may help (`patiently`).
 
 Who wants to read ahead or to keep what was read on a disk does so behind `open_ranges`: it gives something with `read`
 and `size`, and nobody above asks for more.
-
-What is shown of a URL, also within the words of a driver, is without its query and without user and password: those
-are keys. Credentials, endpoints and the like are for fsspec's own configuration and each driver's environment.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ import errno
 import glob
 import logging
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,19 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from .errors import DataError
+from .remote import RemoteFile, query_apart
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = (0.1, 0.5, 2.0)  # a server that fails over takes seconds; one that takes longer is for an operator
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-_DRIVERS = {
-    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
-    "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "hf": "huggingface_hub", "sftp": "paramiko", "ssh": "paramiko",
-    "oci": "ocifs", "oss": "ossfs", "webdav": "webdav4", "hdfs": "pyarrow",
-}  # fmt: skip
 _TIMES = ("LastModified", "last_modified", "modified", "mtime", "updated", "created")  # as drivers name it, best first
 _VERSIONS = ("ETag", "etag", "generation")
-_TRY_AGAIN = (408, 425, 429)  # of the HTTP answers below 500
 
 Result = TypeVar("Result")
 
@@ -52,63 +43,6 @@ class Status(NamedTuple):
     size: int
     time_ns: int | None
     version: str = ""
-
-
-class RemoteFile:
-    """A file behind a URL. `url` is what was asked for; `str` is what may be shown. Equal URLs are equal files."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        if "::" in url.partition("//")[0]:
-            raise DataError(f"a URL must name one file system; {self} chains several. Name the last one alone.")
-        user, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
-        if at and ":" in user:
-            raise DataError(
-                f"{self}: a password in a URL would be written into a run's config. Put it where the driver of "
-                f"{self.scheme}:// looks for it (its environment variables, or fsspec's configuration)."
-            )
-
-    @property
-    def scheme(self) -> str:
-        """s3, https, ..."""
-        return self.url.partition("://")[0]
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return _query_apart(self.url)[0].rpartition("/")[2]
-
-    def filesystem(self) -> tuple[Any, str]:
-        """(fsspec's file system, this file's path in it). Raises DataError where its driver is not installed.
-
-        Made anew on each call: fsspec keeps one for all threads where its driver can serve them, else one a thread.
-        """
-        import fsspec
-
-        package = _DRIVERS.get(self.scheme)
-        try:
-            file_system, path = fsspec.core.url_to_fs(self.url)
-        except ImportError as error:
-            how = f"pip install {package}" if package else str(error)
-            raise DataError(f"{self}: {self.scheme}:// needs a driver that is not installed here: {how}") from error
-        except ValueError as error:
-            raise DataError(
-                f"{self}: there is no driver for {self.scheme}://. fsspec knows s3, gs, https, abfs, hf and others "
-                f"(python -c 'import fsspec; print(fsspec.available_protocols())')."
-            ) from error
-        return file_system, path
-
-    def __str__(self) -> str:
-        return shown(self.url)
-
-    def __repr__(self) -> str:
-        return f"RemoteFile({str(self)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemoteFile) and other.url == self.url
-
-    def __hash__(self) -> int:
-        return hash(self.url)
 
 
 File = Path | RemoteFile
@@ -132,7 +66,7 @@ def locate(name: str | os.PathLike[str] | RemoteFile) -> File:
 def beside(file: File, suffix: str) -> File:
     """FILE + suffix, in the same place."""
     if isinstance(file, RemoteFile):
-        path, query = _query_apart(file.url)
+        path, query = query_apart(file.url)
         return RemoteFile(path + suffix + query)
     return Path(f"{file}{suffix}")
 
@@ -141,7 +75,7 @@ def below(folder: str | os.PathLike[str], file: File, suffix: str) -> File:
     """FOLDER/whole/path/of/FILE + suffix: a place for what cannot lie beside the file. A URL begins with its scheme;
     its query is left out."""
     if isinstance(file, RemoteFile):
-        path = f"{file.scheme}/{_query_apart(file.url)[0].partition('://')[2].lstrip('/')}"
+        path = f"{file.scheme}/{query_apart(file.url)[0].partition('://')[2].lstrip('/')}"
     else:
         path = os.path.abspath(file).lstrip(os.sep)
     return locate(f"{os.fspath(folder).rstrip('/')}/{path}{suffix}")
@@ -152,10 +86,9 @@ def status(file: File, refresh: bool = False) -> Status:
     if isinstance(file, Path):
         stat = file.stat()
         return Status(stat.st_size, stat.st_mtime_ns)
-    file_system, path = file.filesystem()
 
     def ask() -> dict[str, Any]:
-        with _plain_errors(file):
+        with file.driver() as (file_system, path):
             if refresh:
                 file_system.invalidate_cache()
             return file_system.info(path)
@@ -173,10 +106,9 @@ def read_bytes(file: File) -> bytes:
     """The whole file. Raises OSError."""
     if isinstance(file, Path):
         return file.read_bytes()
-    file_system, path = file.filesystem()
 
     def fetch() -> bytes:
-        with _plain_errors(file):
+        with file.driver() as (file_system, path):
             return file_system.cat_file(path)
 
     return patiently(fetch, f"{file} cannot be read")
@@ -186,10 +118,9 @@ def write_bytes(file: File, data: bytes) -> None:
     """Write the whole file: on a disk under a temporary name, then renamed; behind a URL as its file system writes
     (object stores show a file when it is whole). Folders are made. Raises OSError."""
     if isinstance(file, RemoteFile):
-        file_system, path = file.filesystem()
 
         def send() -> None:
-            with _plain_errors(file):
+            with file.driver() as (file_system, path):
                 file_system.pipe_file(path, data)
 
         return patiently(send, f"{file} cannot be written")
@@ -218,7 +149,7 @@ def has_magic(pattern: str | RemoteFile) -> bool:
     """Whether a name is a pattern (*, ? or [...]; no ? in a URL, where it begins the query)."""
     if is_url(pattern):
         url = pattern.url if isinstance(pattern, RemoteFile) else pattern
-        return bool(set("*[") & set(_query_apart(url)[0].partition("://")[2].partition("/")[2]))
+        return bool(set("*[") & set(query_apart(url)[0].partition("://")[2].partition("/")[2]))
     return glob.has_magic(str(pattern))
 
 
@@ -227,16 +158,15 @@ def matches(pattern: str) -> list[File]:
     if not is_url(pattern):
         return [Path(path) for path in sorted(glob.glob(str(locate(pattern))))]
     file = RemoteFile(pattern)
-    file_system, path = file.filesystem()
 
-    def ask() -> list[str]:
-        with _plain_errors(file):
-            return file_system.glob(path)
+    def ask() -> list[File]:
+        with file.driver() as (file_system, path):
+            names = sorted(file_system.glob(path))
+            if pattern.endswith(path):  # what stands before the path in the pattern stands before every file's
+                return [RemoteFile(pattern[: len(pattern) - len(path)] + name) for name in names]
+            return [RemoteFile(file_system.unstrip_protocol(name)) for name in names]
 
-    names = sorted(patiently(ask, f"{file} cannot be listed"))
-    if not pattern.endswith(path):  # a driver that spells its paths otherwise
-        return [RemoteFile(file_system.unstrip_protocol(name)) for name in names]
-    return [RemoteFile(pattern[: len(pattern) - len(path)] + name) for name in names]
+    return patiently(ask, f"{file} cannot be listed")
 
 
 @contextlib.contextmanager
@@ -247,11 +177,10 @@ def local_copy(file: File) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="mvle-") as folder:
         copy = Path(folder) / file.name
-        file_system, path = file.filesystem()
         size = status(file).size
 
         def fetch() -> None:
-            with _plain_errors(file):
+            with file.driver() as (file_system, path):
                 file_system.get_file(path, str(copy))
             if (now := copy.stat().st_size) != size:
                 raise OSError(errno.EIO, f"{now:,} of {size:,} bytes came", str(file))
@@ -309,8 +238,7 @@ class _RemoteRanges:
         end = min(offset + size, self._size)  # what a server says to a range beyond the end differs
         if offset >= end:
             return b""
-        file_system, path = self._file.filesystem()
-        with _plain_errors(self._file):
+        with self._file.driver() as (file_system, path):
             data = file_system.cat_file(path, start=offset, end=end)
         if len(data) > end - offset:
             raise OSError(
@@ -343,7 +271,7 @@ def patiently(attempt: Callable[[], Result], failed: str, renew: Callable[[], No
             if wait is None:
                 raise DataError(
                     f"{failed}, after {1 + len(RETRY_SECONDS)} tries: {error}. Look after the disk, the file system or "
-                    "the server, then start the run again: it goes on from its last checkpoint."
+                    "the server, then start again: a run goes on from its last checkpoint."
                 ) from error
             log.warning("%s (%s); trying again in %s s", failed, error, wait)
             renew()
@@ -351,64 +279,11 @@ def patiently(attempt: Callable[[], Result], failed: str, renew: Callable[[], No
     raise AssertionError("the last try returns or raises")
 
 
-@contextlib.contextmanager
-def _plain_errors(file: RemoteFile) -> Iterator[None]:
-    """A driver's errors as OSErrors, without the URLs' keys; `from None`, since a traceback would print them after all.
-
-    Each driver raises errors of a library of its own, hence `except Exception`. What is not known to be final (absent,
-    refused, asked wrongly) counts as transient: it is tried a few times, then told in full.
-    """
-    try:
-        yield
-    except Exception as raised:
-        error: BaseException = raised
-        if isinstance(raised, FileNotFoundError) and raised.__cause__ and not _says_absent(raised.__cause__):
-            error = raised.__cause__  # fsspec's HTTP driver calls a server that is down a file that is not there
-        words = shown(f"{type(error).__name__}: {error}")
-        answer = _http_status(error)
-        if isinstance(error, FileNotFoundError | NotADirectoryError) or answer in (404, 410):
-            raise FileNotFoundError(errno.ENOENT, "there is no such file", str(file)) from None
-        if isinstance(error, PermissionError) or answer in (401, 403):
-            raise PermissionError(errno.EACCES, f"access is refused ({words})", str(file)) from None
-        if isinstance(error, IsADirectoryError):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(file)) from None
-        if isinstance(error, NotImplementedError) or (answer and answer < 500 and answer not in _TRY_AGAIN):
-            raise OSError(errno.ENOTSUP, f"the server or its driver does not do that ({words})", str(file)) from None
-        if answer in (501, 505):
-            raise OSError(errno.ENOTSUP, f"the server does not do that ({words})", str(file)) from None
-        raise OSError(errno.EIO, words, str(file)) from None
-
-
-def _says_absent(cause: BaseException) -> bool:
-    """Whether a driver's own error, behind a FileNotFoundError, is no failure of server or connection."""
-    answer = _http_status(cause)
-    return answer in (404, 410) if answer else not (isinstance(cause, OSError) or "aiohttp" in type(cause).__module__)
-
-
-def _http_status(error: BaseException) -> int | None:
-    answer = error.status if hasattr(error, "status") else getattr(error, "code", None)
-    return answer if isinstance(answer, int) and 400 <= answer < 600 else None
-
-
-def shown(text: str) -> str:
-    """A URL, or words with URLs in them, without user, password and query, which are keys."""
-    text = re.sub(r"(\w://)[^\s/?'\"]*@", r"\1", text)
-    return re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\")]*", r"\1?...", text)
-
-
 # --- URLs ------------------------------------------------------------------------------------------------------------
 
 
 def _is_local_url(name: str) -> bool:
     return name.startswith(("file://", "local://"))
-
-
-def _query_apart(url: str) -> tuple[str, str]:
-    """(URL, "?" and its query). Over HTTP alone: elsewhere a ? is part of a name."""
-    if url.startswith(("http://", "https://")):
-        path, mark, query = url.partition("?")
-        return path, mark + query
-    return url, ""
 
 
 def _time_ns(info: dict[str, Any]) -> int | None:

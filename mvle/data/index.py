@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 
 from .columns import read_columns
 from .errors import DataError
-from .files import File, RemoteFile, below, beside, locate, status
+from .files import File, below, beside, locate, status
+from .remote import RemoteFile
 from .workers import Workers
 
 VERSION = 1

@@ -21,9 +21,10 @@ from .captions import CaptionError, bytes_id, caption_flags, captions_of, text_i
 from .columns import pack_strings, write_columns
 from .decode import FORMATS, MAX_PIXELS, DecodeError, ImageInfo, PixelBoundError, examine_image
 from .errors import DataError
-from .files import File, RemoteFile, is_read_only, local_copy, locate, status
+from .files import File, is_read_only, local_copy, locate, status
 from .index import HEADER, VERSION, ShardIndex, index_path
 from .reader import ShardReader
+from .remote import RemoteFile
 from .tar import Member, members, split_name
 
 IMAGE_SUFFIXES = (
@@ -238,8 +239,10 @@ def _columns(rows: list[_Row]) -> dict[str, NDArray[Any]]:
     }
     for suffix in sorted({suffix for row in rows for suffix in row.extras}):
         found = [row.extras.get(suffix) for row in rows]
-        columns[f"extra.{suffix}.offset"] = column([m.offset if m else -1 for m in found], np.int64)
-        columns[f"extra.{suffix}.size"] = column([m.size if m else -1 for m in found], np.int64)
+        # safetensors asks for UTF-8, a tar does not
+        name = suffix.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        columns[f"extra.{name}.offset"] = column([m.offset if m else -1 for m in found], np.int64)
+        columns[f"extra.{name}.size"] = column([m.size if m else -1 for m in found], np.int64)
     return columns
 
 

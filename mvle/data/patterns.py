@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import DataError
-from .files import File, RemoteFile, has_magic, locate, matches
+from .files import File, has_magic, locate, matches
 from .index import SUFFIX, index_path
+from .remote import RemoteFile
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 

@@ -20,6 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
 from mvle.data import files
+from mvle.data import remote as remote_module
 from mvle.data.__main__ import main
 from mvle.data.errors import DataError
 from mvle.data.index import index_path
@@ -307,7 +308,7 @@ def test_a_shard_that_comes_in_part_is_fetched_again(
 
 def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(known_implementations, "nodriver", {"class": "no_such_module.FS", "err": "Install it"})
-    monkeypatch.setitem(files._DRIVERS, "nodriver", "nodriverfs")
+    monkeypatch.setitem(remote_module._DRIVERS, "nodriver", "nodriverfs")
     with pytest.raises(DataError, match="nodriver:// needs a driver that is not installed.*: pip install nodriverfs"):
         ShardSet.open("nodriver://bucket/x-{000..001}.tar")
     with pytest.raises(DataError, match="there is no driver for nowhere://"):
