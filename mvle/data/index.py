@@ -1,9 +1,9 @@
 """The index of a shard.
 
-`SHARD.tar.index.safetensors` lies beside `SHARD.tar` (or, where nothing can be written there, in a folder of indexes),
-is columnar (one row an image) and is read into memory when
-a set is opened: 150 to 250 bytes an image, mostly its captions, 2 to 3 GB a rank for twelve million images. Not mapped,
-see columns.py. indexing.py makes the index, and its header lists what was left out, with the reason.
+`SHARD.tar.index.safetensors` lies beside `SHARD.tar` or, where nothing can be written there, in a folder of indexes. It
+is columnar (one row an image) and is read into memory when a set is opened: 150 to 250 bytes an image, mostly its
+captions, 2 to 3 GB a rank for twelve million images. Not mapped, see columns.py. indexing.py makes the index, and its
+header lists what was left out, with the reason.
 
     image.offset, image.size int64 · width, height int32 (displayed) · orientation, format, bit_depth, channels uint8
     image.crc32 uint32 · image_id int64 · key.bytes, key.offsets · caption.bytes, caption.offsets

@@ -20,7 +20,8 @@ from .errors import DataError
 from .files import is_url
 from .index import index_path
 from .indexing import IMAGE_SUFFIXES
-from .rows import Found, Row, RowOptions, split_name, without_captions
+from .left_out import left_out_lines
+from .rows import Found, Row, RowOptions, checked_split, without_captions
 from .rows_folder import read_folder
 from .rows_json import read_jsonl, read_karpathy
 from .rows_table import read_table
@@ -71,7 +72,8 @@ def pack(
     what = str(source or options.images)
     rows, silent = without_captions(found.rows)
     if not rows:
-        raise DataError(f"{what} has no row with an image and a caption ({len(found.left_out + silent)} left out).")
+        reasons = left_out_lines(found.left_out + silent, 5)
+        raise DataError("\n".join([f"{what} has no row with an image and a caption.", *reasons]))
     counts = Counter(row.split for row in rows)
     rows = [row for row in rows if split in (None, row.split)]
     if not rows:
@@ -104,8 +106,8 @@ def pack(
 
 
 def _read(form: str, source: str | os.PathLike[str] | None, options: RowOptions) -> Found:
-    split_name(options.default_split, "--default-split")
-    split_name(options.restval, "--restval")
+    checked_split(options.default_split, "--default-split")
+    checked_split(options.restval, "--restval")
     if not options.images.is_dir():
         raise DataError(f"--images must be the folder of the image files; there is no folder {options.images}.")
     if form == "folder":

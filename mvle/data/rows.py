@@ -82,7 +82,7 @@ def image_name(name: str, images: Path, where: str) -> str:
     return path.as_posix()
 
 
-def split_name(name: Any, where: str) -> str:
+def checked_split(name: Any, where: str) -> str:
     """The split, which names shards. Raises DataError for what is no plain name."""
     if not isinstance(name, str) or not name or set(name) & set("/\\.*?[{"):
         raise DataError(f"{where}: a split must be a plain name; got {name!r}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from .captions import lines_of
 from .errors import DataError
 from .indexing import IMAGE_SUFFIXES
-from .rows import Found, Row, RowOptions, split_name
+from .rows import Found, Row, RowOptions, checked_split
 
 
 def read_folder(options: RowOptions) -> Found:
@@ -41,7 +41,7 @@ def read_folder(options: RowOptions) -> Found:
             if not inside:
                 found.left_out.append((name, "in no folder of a split"))
                 continue
-            split_name(split, f"{options.images}/{split}")
+            checked_split(split, f"{options.images}/{split}")
         found.rows.append(Row(name, [caption for caption in captions if caption.strip()], split))
     stems = {os.path.splitext(name)[0] for name in images}
     found.left_out += [(text, "a .txt without an image") for stem, text in texts.items() if stem not in stems]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .rows import Found, Row, RowOptions, image_name, read_text, split_name
+from .rows import Found, Row, RowOptions, checked_split, image_name, read_text
 
 _JSONL = 'expected {"image": "file.jpg", "captions": ["...", ...], "split": "train"}'
 _KARPATHY = 'expected {"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "..."}]}, ...]}'
@@ -32,7 +32,7 @@ def read_jsonl(source: Path, options: RowOptions) -> Found:
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise DataError(f"{where}: {_JSONL}; its captions are no list of texts.")
-        split = split_name(row.pop("split", options.default_split), where)
+        split = checked_split(row.pop("split", options.default_split), where)
         found.rows.append(Row(image, captions, split, row))
     return found
 
@@ -58,7 +58,7 @@ def read_karpathy(source: Path, options: RowOptions) -> Found:
         name = image_name(f"{folder}/{image['filename']}" if folder else image["filename"], options.images, where)
         split = image.get("split", options.default_split)
         rest[split if isinstance(split, str) else ""] += 1
-        split = split_name(options.restval if split == "restval" else split, where)
+        split = checked_split(options.restval if split == "restval" else split, where)
         record = {key: image[key] for key in ("cocoid", "imgid") if key in image}
         found.rows.append(Row(name, _sentences(image, where), split, record))
     if rest["restval"] and options.restval != "restval":

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .errors import DataError
-from .rows import Found, Row, RowOptions, image_name, read_text, split_name
+from .rows import Found, Row, RowOptions, checked_split, image_name, read_text
 
 IMAGE_COLUMNS = ("image", "filepath", "filename", "file_name", "path", "image_path", "image_name")
 CAPTION_COLUMNS = ("caption", "title", "text", "comment")
@@ -39,7 +39,7 @@ def read_table(source: Path, options: RowOptions) -> Found:
             continue
         image = image_name(name, options.images, where)
         split = line[split_at].strip() if split_at is not None else ""
-        split = split_name(split or options.default_split, where)
+        split = checked_split(split or options.default_split, where)
         row, first = rows.setdefault(image, (Row(image, [], split), number))
         if row.split != split:
             raise DataError(

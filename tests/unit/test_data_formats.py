@@ -271,6 +271,7 @@ def test_a_table_without_splits_goes_into_the_split_that_is_asked_for(images: Pa
         ("image,caption\n", {"separator": "||"}, "--separator must be one character"),
         (b"image,caption\na.jpg,gr\xfcn\n", {}, "line 2: expected UTF-8"),
         ("image,caption\n", {}, "has no row with an image and a caption"),
+        ("image,caption\na.jpg,\n", {}, "has no row with an image.*\n.*left out: 2 .*\n.*a.jpg: blank caption: line 2"),
     ],
 )
 def test_a_wrong_table_is_told_by_line(images: Path, text: str | bytes, options: dict[str, Any], message: str) -> None:
