@@ -107,7 +107,7 @@ def facts(
         ("weights", "EMA (slow average)" if run.weights == "ema" else "as trained"),
         ("images", f"{image.size} px, patches of {image.patch}"),
         ("masked", f"{share} of {config.masking.cell}-px cells, {config.masking.text_ratio:g} of the words"),
-        ("trained on", shown(" ".join(config.data.train or ()))),
+        ("trained on", shown(" ".join(config.data.patterns("train")))),
         ("shown here", f"{shown(' '.join(patterns))} ({shards.images:,} images)"),
     ]
     if config.approximations:

@@ -43,7 +43,7 @@ class DataConfig(Section):
 
     train: tuple[str, ...] | dict[str, SourceConfig] | None = Field(
         None,
-        description="shards to train on: paths, globs, {000..127}, or shapes:train (the built-in demo set); or several "
+        description="shards to train on: paths, URLs, globs, {000..127}, or shapes:train (the demo set); or several "
         "sources by name, {coco: {shards: ..., weight: 1}, cc3m: {shards: ..., weight: 3}}",
     )
     val: tuple[str, ...] | None = Field(None, description="shards of validation while training")
@@ -51,6 +51,9 @@ class DataConfig(Section):
     shapes_folder: str = Field("data/shapes", description="where shapes:SPLIT is drawn, once")
     shapes_captions: Literal["sentence", "short"] = Field(
         "sentence", description="form of the captions of shapes: sentence, or short (without filler words)"
+    )
+    index_folder: str | None = Field(
+        None, description="where the indexes are of shards that nothing can be written beside (index --index-folder)"
     )
     slots: int | None = Field(
         None,
@@ -160,7 +163,7 @@ def open_shards(config: DataConfig, split: Literal["train", "val", "test"]) -> S
     sources: list[Source] = []
     owners: dict[Any, str] = {}
     for name, source in named.items():
-        found = ShardSet.open(source.shards, config.shapes_folder, config.shapes_captions).indexes
+        found = ShardSet.open(source.shards, config.shapes_folder, config.shapes_captions, config.index_folder).indexes
         for index in found:
             if (other := owners.setdefault(index.path, name)) != name:
                 raise DataError(

@@ -22,10 +22,11 @@ from fsspec.registry import known_implementations
 from mvle.data import files
 from mvle.data import remote as remote_module
 from mvle.data.__main__ import main
+from mvle.data.config import DataConfig, open_shards
 from mvle.data.errors import DataError
 from mvle.data.index import index_path
 from mvle.data.indexing import IndexPlaceError, index_shard
-from mvle.data.loader import DataConfig, Loader, open_shards
+from mvle.data.loader import Loader
 from mvle.data.patterns import expand_pattern
 from mvle.data.plan import SamplingPlan
 from mvle.data.shards import ShardSet
