@@ -10,16 +10,13 @@ import hashlib
 import json
 import os
 import shutil
-import socket
-import threading
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from ..hub import HubError, cache_then_hub
 from ..section import Section
 from .errors import DataError
 
@@ -27,7 +24,6 @@ SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4 of a trained 
 _FILE, _NOTE = "tokenizer.json", "mvle_tokenizer.json"
 _ROLES = ("bos_id", "pad_id", "eos_id", "unk_id", "mask_id")
 _MOST_CAPTIONS = 5_000_000  # more teach a vocabulary nothing new
-_REACH_SECONDS = 4.0
 ROBERTA_WORDS = 50_265
 
 
@@ -72,6 +68,11 @@ class Tokenizer:
         """Hex hash of the whole tokenizer: equal fingerprints give equal ids."""
         content = json.dumps([json.loads(self._backend.to_str()), self._specials], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def same_words(self, other: Tokenizer) -> bool:
+        """Whether every id is the same word (or piece of one) in both, and has the same role."""
+        one, two = (t._backend.get_vocab(with_added_tokens=True) for t in (self, other))
+        return one == two and self._specials == other._specials
 
     def encode(self, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
         """(ids of each caption with bos and eos, at most max_tokens of them; how many captions were cut).
@@ -201,29 +202,18 @@ def _from_transformers(name: str) -> Tokenizer:
     """By local path, from the local cache, then from the hub if that answers. Raises TokenizerError within seconds."""
     from transformers import AutoTokenizer
 
-    tried = ["the local cache" if not os.path.isdir(name) else "that folder"]
     try:
-        found = AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason: Exception = error
-        found = None
-    if found is None and not os.path.isdir(name) and not _offline():
-        # transformers would retry for minutes without a network: look first whether anyone answers.
-        host, port = _hub_address()
-        tried.append(f"{host}:{port}")
-        if _reachable(host, port):
-            try:
-                found = AutoTokenizer.from_pretrained(name)
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                reason = error
-        else:
-            reason = ConnectionError(f"no connection to {host}:{port} opened within {_REACH_SECONDS:.0f} seconds")
-    if found is None:
+        found = cache_then_hub(
+            lambda local: AutoTokenizer.from_pretrained(name, local_files_only=local),
+            (OSError, ValueError, KeyError, ImportError),
+            folder=os.path.isdir(name),
+        )
+    except HubError as error:
         raise TokenizerError(
-            f"tokenizer.name={name} cannot be had. Tried {' and '.join(tried)}: {str(reason).splitlines()[0]}\n"
+            f"tokenizer.name={name} cannot be had. {error}\n"
             "Name a folder that holds it (tokenizer.name=PATH), fetch it once where there is a network, or train one "
             "on the captions: tokenizer.kind=bpe"
-        ) from reason
+        ) from error.reason
     return _wrap(found, name)
 
 
@@ -249,33 +239,3 @@ def _wrap(found: Any, name: str) -> Tokenizer:
         )
     return Tokenizer(backend, {role: i for role, i in specials.items() if i is not None})
 
-
-def _offline() -> bool:
-    switches = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in switches)
-
-
-def _hub_address() -> tuple[str, int]:
-    """Host and port that a download would talk to first: the proxy, if there is one."""
-    endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    proxy = urllib.request.getproxies().get(endpoint.scheme)
-    if proxy and endpoint.hostname and not urllib.request.proxy_bypass(endpoint.hostname):
-        endpoint = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    return endpoint.hostname or "huggingface.co", endpoint.port or (80 if endpoint.scheme == "http" else 443)
-
-
-def _reachable(host: str, port: int) -> bool:
-    """Whether a connection opens within a few seconds, name lookup included (which alone may hang for a minute)."""
-    opened = threading.Event()
-
-    def knock() -> None:
-        try:
-            socket.create_connection((host, port), timeout=_REACH_SECONDS).close()
-            opened.set()
-        except OSError:
-            return
-
-    thread = threading.Thread(target=knock, daemon=True)
-    thread.start()
-    thread.join(_REACH_SECONDS)
-    return opened.is_set()

@@ -125,7 +125,7 @@ def test_a_published_tokenizer_without_mask_token_is_refused(tokenizer: Tokenize
 def test_without_a_network_the_key_and_the_way_out_are_named_within_seconds(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("mvle.data.tokenizer._reachable", lambda host, port: False)
+    monkeypatch.setattr("mvle.hub.reachable", lambda host, port: False)
     started = time.perf_counter()
     with pytest.raises(
         TokenizerError, match=r"(?s)tokenizer\.name=nobody/nothing .*Tried the local cache and .*tokenizer\.kind=bpe"
