@@ -1,4 +1,4 @@
-"""A trained run, for use: `mvle.load(RUN)`.
+"""A trained run, or an export of one, for use: `mvle.load(RUN)`.
 
     run = mvle.load("runs/tiny")
     z_i, z_t = run.encode_images(images), run.encode_texts(texts)       float32 [n, d], unit length: z_i @ z_t.T
@@ -10,12 +10,13 @@ Images are PIL images or uint8 arrays of any size, grey, colour or with alpha (l
 shorter side resized, the centre cropped, as in evaluation. Results are numpy arrays. Nothing here trains.
 
 `mvle.load(RUN, step=1000)` and step="best" open another checkpoint than the newest. Where it has an EMA of the weights,
-this is what is loaded (`run.run.weights` says which); weights="model" loads those that were trained.
+this is what is loaded (`run.run.weights` says which); weights="model" loads those that were trained. An exported
+folder (`python -m mvle.export`) holds the weights of one step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,26 +27,23 @@ from mvle_kernels import Packed
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .engine.errors import RunError as RunError
 from .evaluation.split import low_ratio, pack_tokens, patch_masks, to_images
 
 if TYPE_CHECKING:
     from .config import Config
     from .data.tokenizer import Tokenizer
-    from .engine.run import RunFolder
+    from .engine.stored import Weights
     from .model.model import MaskVLM
 
-Weights = Literal["auto", "model", "ema"]
 CHUNK = 64  # pairs of one forward
 MASK = "<mask>"
 
 
-class RunError(ValueError):
-    """A folder that holds no run that can be opened."""
-
-
 @dataclass(frozen=True, eq=False)
 class OpenedRun:
-    """What a run folder holds: its config, tokenizer, model (in eval, on `device`), checkpoint and its meta.json.
+    """What the folder of a run or an export holds: its config, tokenizer, model (in eval, on `device`), checkpoint and
+    its meta.json.
 
     weights: model (as trained) or ema (their slow average): which of the two the model has
     """
@@ -56,8 +54,9 @@ class OpenedRun:
     model: MaskVLM
     device: torch.device
     checkpoint: Path
-    meta: dict[str, Any]
+    meta: Mapping[str, Any]
     weights: Literal["model", "ema"]
+    title: str
 
     @property
     def step(self) -> int:
@@ -65,8 +64,7 @@ class OpenedRun:
         return int(self.meta["step"])
 
     def __str__(self) -> str:
-        which = "EMA of the weights" if self.weights == "ema" else "weights as trained"
-        return f"{self.folder} at step {self.step} ({which})"
+        return self.title
 
 
 def open_run(
@@ -75,57 +73,32 @@ def open_run(
     step: int | Literal["best"] | None = None,
     weights: Weights = "auto",
 ) -> OpenedRun:
-    """Open a run folder at its newest checkpoint, at that of `step`, or at the best one (checkpoint.best).
+    """Open a run at its newest checkpoint, at that of `step`, or at the best one (checkpoint.best); or an export.
 
     device: None: as run.device says. weights: auto takes the EMA where the checkpoint has one; OpenedRun.weights says
     what was taken. Raises RunError where something is missing; CheckpointError where no checkpoint is whole or fits, or
     where weights is ema and there is none.
     """
-    from .config import load_config
-    from .data.tokenizer import Tokenizer
-    from .engine.checkpoint import load_checkpoint
-    from .engine.checkpoint_tensors import has_ema
-    from .engine.run import RunFolder
+    from .engine.stored import find_stored
     from .model.model import MaskVLM
 
-    run = RunFolder(folder)
-    if not run.config.is_file():
-        raise RunError(f"RUN must be the folder of a run, with its config.yaml; got {folder}. `mvle.train` makes one.")
-    config = load_config(run.config)
-    path = find_checkpoint(run, step)
-    taken: Literal["model", "ema"] = ("ema" if has_ema(path) else "model") if weights == "auto" else weights
-    tokenizer = Tokenizer.load(run.tokenizer)
-    model = MaskVLM(config, tokenizer.vocabulary, tokenizer.mask_id)
-    meta = load_checkpoint(path, model, taken)
-    where = torch.device(pick_device(device or config.run.device))
+    stored = find_stored(folder, step, weights)
+    tokenizer = stored.tokenizer()
+    model = MaskVLM(stored.config, tokenizer.vocabulary, tokenizer.mask_id)
+    stored.fill(model)
+    where = torch.device(pick_device(device or stored.config.run.device))
     model.eval().requires_grad_(False).to(where)
-    return OpenedRun(run.path, config, tokenizer, model, where, path, meta, taken)
-
-
-def find_checkpoint(run: RunFolder, step: int | Literal["best"] | None) -> Path:
-    """The newest checkpoint of a run (None), that of a step, or the best one. Raises RunError, CheckpointError."""
-    from .engine.checkpoint_best import read_best
-    from .engine.checkpoint_files import find_latest, folder_of, steps_in
-
-    kept = steps_in(run.checkpoints)
-    if not kept:
-        raise RunError(f"{run.path} has no checkpoint yet; train it first: python -m mvle.train {run.config}")
-    if step is None:
-        newest = find_latest(run.checkpoints)
-        assert newest is not None, "there are some, so that one is found or an error raised"
-        return newest
-    if step == "best":
-        best = read_best(run.checkpoints)
-        if best is None:
-            raise RunError(
-                f"{run.path} has no best checkpoint ({run.checkpoints / 'best.json'}): training marks one at a "
-                "validation where checkpoint.best names a figure, such as val_loss."
-            )
-        step = best.step
-    if step not in kept:
-        steps = ", ".join(map(str, kept))
-        raise RunError(f"{run.path} has no checkpoint of step {step}; it keeps steps {steps}.")
-    return folder_of(run.checkpoints, step)
+    return OpenedRun(
+        stored.folder,
+        stored.config,
+        tokenizer,
+        model,
+        where,
+        stored.checkpoint,
+        stored.meta,
+        stored.weights,
+        str(stored),
+    )
 
 
 def pick_device(name: str) -> str:

@@ -64,12 +64,13 @@ def train(name: str, overrides: Sequence[str], dry: bool, stop: StopFlag) -> int
     from .config import ConfigError, load_config, require_data
     from .data.errors import DataError
     from .data.tokenizer import check_tokenizer
-    from .engine.errors import CheckpointError
+    from .engine.errors import CheckpointError, RunError
     from .engine.parallel import Parallel, ParallelError
     from .engine.skips import NotFiniteError
     from .engine.trackers import TrackerError, check_trackers
     from .engine.watch import Watch
     from .evaluation.split import SplitError
+    from .model.sources import PretrainedError
 
     parallel: Parallel | None = None
     watch: Watch | None = None
@@ -77,8 +78,11 @@ def train(name: str, overrides: Sequence[str], dry: bool, stop: StopFlag) -> int
         # what needs no model and no other rank is said first, within seconds
         config = load_config(name, overrides)
         if not dry:
+            from .engine.first_weights import check_first_weights
+
             require_data(config, f"python -m mvle.train {name}")
             check_tokenizer(config.tokenizer, config.run.folder)
+            check_first_weights(config)
             check_trackers(config.metrics)
         with Parallel.start(config.parallel, config.run.device) as parallel, Watch(parallel) as watch:
             if dry:
@@ -91,7 +95,17 @@ def train(name: str, overrides: Sequence[str], dry: bool, stop: StopFlag) -> int
             return FINISHED if Trainer(config, parallel, watch, stop).run() else STOPPED
     except NotFiniteError as error:
         return explain(error, watch, FAILED)
-    except (ConfigError, DataError, SplitError, CheckpointError, ParallelError, TrackerError, OSError) as error:
+    except (
+        ConfigError,
+        DataError,
+        PretrainedError,
+        RunError,
+        SplitError,
+        CheckpointError,
+        ParallelError,
+        TrackerError,
+        OSError,
+    ) as error:
         trained = parallel is not None and parallel.settled  # before the first step it is what the run began with
         return explain(error, watch, FAILED if trained else UNUSABLE)
     except Exception as error:

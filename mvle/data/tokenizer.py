@@ -97,8 +97,11 @@ class Tokenizer:
         """The text of one token, stripped ("" for ids that a padded vocabulary adds)."""
         return self._backend.decode([int(token_id)], skip_special_tokens=False).strip()
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the folder whole (temporary name, rename); one that is there stays. transformers can read it too."""
+    def save(self, folder: str | os.PathLike[str], max_tokens: int | None = None) -> Path:
+        """Write the folder whole (temporary name, rename); one that is there stays. transformers can read it too.
+
+        max_tokens: for other hands than ours: what reads the file adds bos and eos by itself, and knows that length.
+        """
         target = Path(folder)
         if (target / _NOTE).is_file():
             return target
@@ -107,10 +110,12 @@ class Tokenizer:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            (temporary / _FILE).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+            whole = self._backend if max_tokens is None else self._with_bos_and_eos()
+            (temporary / _FILE).write_text(whole.to_str(pretty=True), encoding="utf-8")
             names = {role: self._backend.id_to_token(i) for role, i in self._specials.items()}
-            hub = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            hub: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
             hub |= {f"{role[:-3]}_token": token for role, token in names.items() if token is not None}
+            hub |= {} if max_tokens is None else {"model_max_length": max_tokens}
             (temporary / "tokenizer_config.json").write_text(json.dumps(hub, indent=1), encoding="utf-8")
             (temporary / _NOTE).write_text(json.dumps(self._specials, indent=1), encoding="utf-8")
             try:
@@ -121,6 +126,17 @@ class Tokenizer:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return target
+
+    def _with_bos_and_eos(self) -> Any:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import processors
+
+        copy = Backend.from_str(self._backend.to_str())
+        bos, eos = (self._backend.id_to_token(i) for i in (self.bos_id, self.eos_id))
+        copy.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A {eos}", special_tokens=[(bos, self.bos_id), (eos, self.eos_id)]
+        )
+        return copy
 
     @staticmethod
     def load(folder_or_name: str | os.PathLike[str]) -> Tokenizer:
@@ -238,4 +254,3 @@ def _wrap(found: Any, name: str) -> Tokenizer:
             "Name another, such as roberta-base, or set tokenizer.kind=bpe."
         )
     return Tokenizer(backend, {role: i for role, i in specials.items() if i is not None})
-

@@ -11,6 +11,7 @@ import torch
 from ..model.model import MaskVLM, parameter_counts
 from .blocks import prepare_blocks
 from .ema import Ema
+from .first_weights import FirstWeights
 from .optim import build_optimizer
 from .parallel import Parallel
 
@@ -27,31 +28,36 @@ CONTEXTS = {  # masking.context, for people
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """model on its device, sharded, with its first weights · optimizer · ema or None · parameters of each part."""
+    """model on its device, sharded, with its first weights · optimizer · ema or None · parameters of each part · where
+    first weights that were not drawn came from, in lines."""
 
     model: MaskVLM
     optimizer: torch.optim.AdamW
     ema: Ema | None
     parameters: dict[str, int]
+    origin: tuple[str, ...] = ()
 
 
-def build(config: Config, parallel: Parallel, vocabulary: int, mask_id: int) -> Built:
-    """Everything that training changes."""
+def build(
+    config: Config, parallel: Parallel, vocabulary: int, mask_id: int, first: FirstWeights | None = None
+) -> Built:
+    """Everything that training changes. first: weights that a fresh run does not draw, the same on every rank."""
+    first = first or FirstWeights()
     # 1) on meta: shapes only, so that no rank ever holds the whole model
     with torch.device("meta"):
         model = MaskVLM(config, vocabulary, mask_id)
     parameters = parameter_counts(model)
     # 2) what a block does in its forward, which sharding then wraps
     prepare_blocks(model, config.parallel.activation_checkpointing, config.kernels.compile)
-    # 3) sharded before it has memory, 4) then memory, 5) then weights, each from its own seed
+    # 3) sharded before it has memory, 4) then memory, 5) then weights, given or each from its own seed
     parallel.shard(model)
     model.to_empty(device=parallel.device)
-    model.init_weights(config.run.seed)
+    model.init_weights(config.run.seed, first.values)
     # 6) optimizer and EMA last: made before sharding they would hold tensors that no longer exist
     optimizer = build_optimizer(model, config.optim)
     ema = Ema(model, config.optim.ema) if config.optim.ema is not None else None
     contrast_over_ranks(model, parallel, True)
-    return Built(model, optimizer, ema, parameters)
+    return Built(model, optimizer, ema, parameters, first.lines)
 
 
 def contrast_over_ranks(model: MaskVLM, parallel: Parallel, on: bool) -> None:
@@ -76,10 +82,12 @@ def describe_build(config: Config, parallel: Parallel, arithmetic: BatchArithmet
     total = sum(built.parameters.values())
     parts = ", ".join(f"{name} {count / 1e6:.2f}M" for name, count in built.parameters.items())
     average = f"; EMA {config.optim.ema}, which validation uses" if built.ema is not None else ""
+    origin = "".join(f"{'' if i else 'weights':<12}{line}\n" for i, line in enumerate(built.origin))
     return (
         f"device      {device}; {dtype}; {sharding}; {blocks}\n"
         f"batch       {arithmetic}; one contrast over all of them\n"
         f"parameters  {total / 1e6:.2f}M: {parts}{average}\n"
+        f"{origin}"
         f"masking     {config.masking.mode}: {config.masking.image_ratio} of {config.masking.cell}-pixel cells, "
         f"{config.masking.text_ratio} of a caption's tokens; {CONTEXTS[config.masking.context]}\n"
         + "".join(f"approximate {line}\n" for line in config.approximations)

@@ -127,19 +127,47 @@ def load_weights(path: Path, model: nn.Module, weights: str = "model") -> None:
     """
     from .dcp_storage import SafeReader
 
-    if weights not in ("model", "ema"):
-        raise ValueError(f"weights must be model or ema; got {weights!r}.")
     reader = SafeReader(path)
     stored = reader.shapes()
-    if weights == "ema" and not _averages(stored):
-        raise CheckpointError(f"{path} has no EMA of the weights: the run was trained with optim.ema=null.")
+    keys = _keys_of(path, stored, weights)
     tensors = state_tensors(model)
     _check_fit(path, {key: stored[key] for key in stored if key.startswith("model.")}, tensors)
-    if weights == "ema":
-        averages = {key: f"ema.{key.removeprefix('model.')}" for key in tensors}
-        tensors = {averages[key] if averages[key] in stored else key: tensor for key, tensor in tensors.items()}
+    tensors = {keys[key.removeprefix("model.")]: tensor for key, tensor in tensors.items()}
     reader.check_tensors(tensors)
     _read(reader, tensors, None)
+
+
+def read_weights(path: Path, weights: str = "model") -> dict[str, Tensor]:
+    """The same weights by the names of parameters, float32 on the CPU, whatever model they fit."""
+    from .dcp_storage import SafeReader
+
+    reader = SafeReader(path)
+    stored = reader.shapes()
+    keys = _keys_of(path, stored, weights)
+    tensors = {key: torch.empty(stored[key], dtype=torch.float32) for key in keys.values()}
+    reader.check_tensors(tensors)
+    _read(reader, tensors, None)
+    return {name: tensors[key] for name, key in keys.items()}
+
+
+def fill(path: Path, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Fill a model by name from tensors that were read from `path`. Raises CheckpointError where they do not fit."""
+    own = {key.removeprefix("model."): tensor for key, tensor in state_tensors(model).items()}
+    _check_fit(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, own)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _keys_of(path: Path, stored: Mapping[str, Any], weights: str) -> dict[str, str]:
+    """Name of a parameter -> key of its tensor. weights: model, or ema: the average of each that has one."""
+    if weights not in ("model", "ema"):
+        raise ValueError(f"weights must be model or ema; got {weights!r}.")
+    if weights == "ema" and not _averages(stored):
+        raise CheckpointError(f"{path} has no EMA of the weights: the run was trained with optim.ema=null.")
+    names = [key.removeprefix("model.") for key in stored if key.startswith("model.")]
+    averaged = {name for name in names if weights == "ema" and f"ema.{name}" in stored}
+    return {name: f"{'ema' if name in averaged else 'model'}.{name}" for name in names}
 
 
 def has_ema(path: Path) -> bool:

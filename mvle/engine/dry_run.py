@@ -21,6 +21,7 @@ from ..data.errors import DataError
 from ..data.shards import SHAPES
 from ..data.tokenizer import known_vocabulary
 from .build import build, describe_build
+from .first_weights import first_weights
 from .metrics import memory_gib
 from .parallel import Parallel
 from .train_step import TrainStep
@@ -38,7 +39,7 @@ def dry_run(config: Config, parallel: Parallel) -> None:
         torch.set_num_threads(config.run.threads)
     set_backend(config.kernels.backend)
     vocabulary, whence = known_vocabulary(config.tokenizer)
-    built = build(config, parallel, vocabulary, SPECIALS - 1)
+    built = build(config, parallel, vocabulary, SPECIALS - 1, first_weights(config, vocabulary, SPECIALS - 1))
     ops = "\n".join(f"    {line}" for line in explain().splitlines())
     data = describe_data(config) if parallel.is_main else ""  # every rank would open the indexes for one line
     parallel.say(

@@ -1,10 +1,14 @@
-"""What can go wrong with a checkpoint. A file of its own, so that naming the error does not import torch's DCP."""
+"""What can go wrong with a checkpoint. A file of its own, so that naming an error does not import torch's DCP."""
 
 from __future__ import annotations
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none could be loaded."""
+
+
+class RunError(ValueError):
+    """A folder that holds no run, and no export of one, that can be opened."""
 
 
 def first_cause(error: BaseException) -> str:

@@ -31,6 +31,7 @@ from ..model.rows import processed_rows
 from .build import architecture, build, contrast_over_ranks, describe_build
 from .checkpoint import Checkpointer
 from .checkpoint_files import read_meta
+from .first_weights import first_weights
 from .gpus import peak_tflops
 from .metrics import Metrics, read_rows
 from .parallel import Parallel
@@ -63,7 +64,7 @@ class Trainer:
         """Train to the end, or until a signal. Returns whether the run is finished."""
         path = self.checkpoints.latest() if self.folder.checkpoints.is_dir() else None
         self.open_data()
-        self.build()
+        self.build(fresh=path is None)
         start = self.resume(path)
         self.announce(start)
         owed = self.owes_validation(start)
@@ -95,10 +96,12 @@ class Trainer:
             self.tokenizer = Tokenizer.load(self.folder.tokenizer)
         self.plan = SamplingPlan.build(config, self.shards)
 
-    def build(self) -> None:
-        """What is trained, and the step that trains it."""
+    def build(self, fresh: bool) -> None:
+        """What is trained, and the step that trains it. fresh: no checkpoint is there to go on from."""
         self.watch.enter("building the model", long=True)
-        self.built = build(self.config, self.parallel, self.tokenizer.vocabulary, self.tokenizer.mask_id)
+        words = self.tokenizer.vocabulary, self.tokenizer.mask_id
+        first = first_weights(self.config, *words, self.tokenizer) if fresh else None
+        self.built = build(self.config, self.parallel, *words, first)
         self.model = self.built.model
         self.train_step = TrainStep(self.config, self.parallel, self.arithmetic, self.built, self.watch.enter)
         fingerprints = {

@@ -24,6 +24,12 @@ class ImageEncoderConfig(Section):
         (0.5, 0.5, 0.5), description="subtracted from pixels in 0..1, per channel (red, green, blue)"
     )
     std: tuple[float, float, float] = Field((0.5, 0.5, 0.5), description="then divided by, per channel; each above 0")
+    pretrained: str | None = Field(
+        None,
+        min_length=1,
+        description="first weights of the image encoder: a ViT of timm by name (vit_base_patch16_224.augreg_in21k), or "
+        "a local folder or file; null: drawn from run.seed. A run that goes on needs it no more",
+    )
 
     @model_validator(mode="after")
     def check(self) -> ImageEncoderConfig:
@@ -53,6 +59,12 @@ class TextEncoderConfig(Section):
 
     depth: int = Field(12, gt=0, description="blocks of the text encoder")
     max_tokens: int = Field(32, ge=3, description="longest caption, in tokens with its bos and eos; longer is cut")
+    pretrained: str | None = Field(
+        None,
+        min_length=1,
+        description="first weights of the text encoder: a RoBERTa of the Hugging Face hub by name (roberta-base), or a "
+        "local folder or file; null: drawn from run.seed. A run that goes on needs it no more",
+    )
 
 
 class ModelConfig(Section):
@@ -68,6 +80,12 @@ class ModelConfig(Section):
     projection: int = Field(256, gt=0, description="width of the contrastive space")
     temperature: float = Field(0.07, gt=0.001, lt=0.5, description="initial temperature of the contrastive loss")
     dropout: float = Field(0.0, description="must be 0: dropout would break sharing and rank invariance")
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="first weights of everything that fits: the folder of a run (its newest checkpoint) or of an "
+        "export; null: none. Weights alone are taken. A run that goes on needs it no more",
+    )
     init_std: float | None = Field(
         None,
         gt=0,
@@ -77,7 +95,14 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def check(self) -> ModelConfig:
-        """Whole heads; no dropout."""
+        """Whole heads; no dropout; one source of first weights."""
+        named = [side for side in ("image", "text") if getattr(self, side).pretrained is not None]
+        if self.init_from is not None and named:
+            keys = " and ".join(f"model.{side}.pretrained" for side in named)
+            raise ValueError(
+                f"init_from gives the encoders their first weights, and so does {keys}: expected one of them; got "
+                f"model.init_from={self.init_from}. Set the other to null"
+            )
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads ({self.heads}); got {self.width}")
         if self.dropout != 0:

@@ -333,14 +333,20 @@ class MaskVLM(nn.Module):
         return name.startswith(("image_encoder.", "text_encoder."))
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, given: Mapping[str, Tensor] | None = None) -> None:
         """Fill every parameter from (seed, its name): the same on any number of ranks, whatever else the model holds.
+
+        given: values by name, whole and on the CPU, in the place of drawn ones; the same on every rank.
 
         Linear weights, embeddings, tokens and positions: normal with model.initial_std, cut at two deviations; norms 1;
         biases 0. Works on sharded parameters (each is drawn whole on the CPU and every rank keeps its part).
         """
         for name, parameter in self.named_parameters():
-            whole = self.initial(name, tuple(parameter.shape), seed).to(parameter.dtype)
+            known = (given or {}).get(name)
+            whole = self.initial(name, tuple(parameter.shape), seed) if known is None else known
+            if whole.shape != parameter.shape:
+                raise ValueError(f"given {name} must have shape {tuple(parameter.shape)}; got {tuple(whole.shape)}.")
+            whole = whole.to(parameter.dtype)
             if hasattr(parameter, "device_mesh"):
                 from torch.distributed.tensor import DTensor, distribute_tensor
 
