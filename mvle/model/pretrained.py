@@ -64,8 +64,7 @@ class Given:
 
 def image_weights(config: ModelConfig, name: str) -> Given:
     """Values of image_encoder.* from a ViT by name or path. Raises PretrainedError."""
-    source = published_image(IMAGE_KEY, name, lambda shown: refuse_image(config, shown))
-    refuse_image(config, source)
+    source = fitting_image(config, name)
     tensors, _ = without_prefix(source, VIT)
     values = VIT.read(tensors, config.image.depth)
     image, notes = config.image, []
@@ -93,8 +92,7 @@ def text_weights(config: ModelConfig, name: str, vocabulary: int, same_words: Ca
     vocabulary: ids of the run's tokenizer; same_words: whether a tokenizer (by name or folder) has the same ones, for
     the same words; None: that is not looked at.
     """
-    source = published_text(TEXT_KEY, name)
-    refuse_text(config, source)
+    source = fitting_text(config, name)
     layout = layout_of_text(source)
     tensors, _ = without_prefix(source, layout)
     values = layout.read(tensors, config.text.depth)
@@ -140,9 +138,23 @@ def check_sources(config: ModelConfig) -> None:
     """Raise PretrainedError where a published encoder that the config names cannot be had or is of another shape. What
     it takes to know that is fetched. Words are compared later, when the run has its tokenizer."""
     if config.image.pretrained is not None:
-        published_image(IMAGE_KEY, config.image.pretrained, lambda shown: refuse_image(config, shown))
+        fitting_image(config, config.image.pretrained)
     if config.text.pretrained is not None:
-        refuse_text(config, published_text(TEXT_KEY, config.text.pretrained))
+        fitting_text(config, config.text.pretrained)
+
+
+def fitting_image(config: ModelConfig, name: str) -> Published:
+    """A ViT by name or path that is of the config's shape. Raises PretrainedError."""
+    source = published_image(IMAGE_KEY, name, lambda shown: refuse_image(config, shown))
+    refuse_image(config, source)
+    return source
+
+
+def fitting_text(config: ModelConfig, name: str) -> Published:
+    """The same of a RoBERTa."""
+    source = published_text(TEXT_KEY, name)
+    refuse_text(config, source)
+    return source
 
 
 # ---- what is another architecture -----------------------------------------------------------------------------------
