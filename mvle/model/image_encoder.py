@@ -17,7 +17,8 @@ def resample_positions(positions: Tensor, grid: tuple[int, int], to: tuple[int, 
     dtype. The class token keeps its own, and the same grid gives the same tensor.
 
     By the filter that makes images smaller (a triangle as wide as the step between patches), so that a patch gets the
-    mean of what it covers; as two products of matrices, whose backward has a fixed order on every device.
+    mean of what it covers; to a finer grid that is linear interpolation, with edges held. As two products of
+    matrices, whose backward has a fixed order on every device.
     """
     if grid == to:
         return positions
