@@ -31,6 +31,7 @@ from ..model.pretrained import (
 )
 from ..model.sources import PretrainedError
 from .checkpoint_files import steps_in
+from .errors import RunError
 from .run import RunFolder
 from .stored import Stored, find_stored
 
@@ -63,7 +64,7 @@ def check_first_weights(config: Config) -> None:
         return
     check_sources(config.model)
     if config.model.init_from is not None:
-        refuse_other_heads(config.model, find_stored(config.model.init_from))
+        refuse_other_heads(config.model, find_source(config.model.init_from))
 
 
 def first_weights(config: Config, vocabulary: int, mask_id: int, tokenizer: Tokenizer | None = None) -> FirstWeights:
@@ -80,7 +81,7 @@ def first_weights(config: Config, vocabulary: int, mask_id: int, tokenizer: Toke
         same = None if tokenizer is None else lambda name: tokenizer.same_words(tokenizer.load(name))
         sources[f"{TEXT_KEY}={model.text.pretrained}"] = text_weights(model, model.text.pretrained, vocabulary, same)
     if model.init_from is not None:
-        stored = find_stored(model.init_from)
+        stored = find_source(model.init_from)
         sources[f"model.init_from={stored}"] = weights_of_run(config, stored, vocabulary, mask_id, tokenizer)
     if not sources:
         return FirstWeights()
@@ -93,6 +94,14 @@ def shapes_of(config: Config, vocabulary: int, mask_id: int) -> dict[str, tuple[
     with torch.device("meta"):
         model = MaskVLM(config, vocabulary, mask_id)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def find_source(folder: str) -> Stored:
+    """What model.init_from names. Raises RunError, with the key, and CheckpointError."""
+    try:
+        return find_stored(folder)
+    except RunError as error:
+        raise RunError(f"model.init_from={folder}: {error}") from None
 
 
 # ---- another run ----------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from .layouts import ROBERTA_OFFSET
 FILES = (".safetensors", ".bin", ".pth", ".pt")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ROBERTAS = ("roberta", "xlm-roberta", "camembert")  # one architecture under three names
+# Arguments of timm's create_model that would read or fetch something; a config.json has no say in that.
+NOT_OF_A_SHAPE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "device")
 NESTED = ("model", "state_dict", "model_state_dict")  # where files of training programs keep the weights
 
 
@@ -136,6 +138,7 @@ def _from_config(key: str, folder: Path, config: Mapping[str, Any]) -> Any:
         raise PretrainedError(f"{key}={folder}: config.json must be one that timm saved; it is of {kind}.")
     stated = config.get("pretrained_cfg", config)
     arguments = {"num_classes": config.get("num_classes", stated.get("num_classes")), **config.get("model_args", {})}
+    arguments = {name: value for name, value in arguments.items() if name not in NOT_OF_A_SHAPE}
     known = ("mean", "std", "input_size", "fixed_input_size", "num_classes")
     overlay = {name: stated[name] for name in known if stated.get(name) is not None}
     try:

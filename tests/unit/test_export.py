@@ -318,6 +318,8 @@ def test_the_lines_of_python_of_the_page_and_of_the_card_load_an_export(
 ) -> None:
     shutil.copytree(folder, tmp_path / "tiny")
     Image.fromarray(images[0]).save(tmp_path / "picture.png")
+    (tmp_path / "exports").mkdir()
+    (tmp_path / "exports" / "tiny").symlink_to(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
     for page in (ROOT / "docs" / "weights.md", folder / "README.md"):
         block = next(b for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "mvle.load" in b)

@@ -194,7 +194,7 @@ def test_other_attention_heads_of_the_same_width_are_refused(run: RunFolder) -> 
 
 def test_a_folder_that_holds_no_weights_is_said(tmp_path: Path) -> None:
     config = small_config(tmp_path, model={"init_from": str(tmp_path / "gone")})
-    with pytest.raises(RunError, match="must be the folder of a run or of an export"):
+    with pytest.raises(RunError, match="model.init_from=.*gone: RUN must be the folder of a run or of an export"):
         first_weights(config, 300, 4)
     empty = RunFolder(tmp_path / "empty").create()
     empty.write_config(small_config(tmp_path).to_yaml())

@@ -360,6 +360,17 @@ def test_nothing_but_tensors_is_unpickled(
     assert not (tmp_path / "harm").exists()
 
 
+def test_the_config_of_a_folder_may_name_no_further_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARM", str(tmp_path / "harm"))
+    torch.save(Harmful(), tmp_path / "bad.pth")
+    vit(tmp_path / "vit")
+    config = json.loads((tmp_path / "vit" / "config.json").read_text())
+    config["model_args"] |= {"pretrained": True, "checkpoint_path": str(tmp_path / "bad.pth")}
+    (tmp_path / "vit" / "config.json").write_text(json.dumps(config))
+    assert len(image_weights(model_config(), str(tmp_path / "vit")).values) == 30
+    assert not (tmp_path / "harm").exists()
+
+
 def test_a_path_that_is_not_there_or_holds_something_else_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
