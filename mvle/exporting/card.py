@@ -91,10 +91,8 @@ def facts(run: OpenedRun) -> Rows:
         ["images", f"{image.size} px, patches of {image.patch}, mean {list(image.mean)}, std {list(image.std)}"],
         ["captions", f"at most {text.max_tokens} tokens of {run.tokenizer.vocabulary:,}"],
         ["encoders", f"width {config.model.width}, {image.depth} and {text.depth} blocks, {config.model.heads} heads"],
-        [
-            "masked",
-            f"{masking.mode}: {share} of {masking.cell}-pixel cells, {masking.text_ratio:g} of a caption's tokens",
-        ],
+        ["masked", f"{share} of {masking.cell}-pixel cells, {masking.text_ratio:g} of a caption's tokens"],
+        ["masking", f"{masking.mode}, context {masking.context}"],
         ["weights of losses", weights],
         ["versions", ", ".join(f"{what} {version}" for what, version in versions.items())],
     ]
