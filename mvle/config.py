@@ -1,9 +1,10 @@
-"""The root config, and how a YAML file and key=value overrides become it.
+"""The root config, and how YAML files and key=value overrides become it.
 
-    defaults of the sections  <  the YAML file  <  key.sub=value
+    defaults of the sections  <  the file that is extended  <  the YAML file  <  key.sub=value
 
 Each section is a frozen model that lives beside the code that it configures; this file composes them, checks what
-spans sections, and turns every mistake into one line that names the key, what was expected, and what came.
+spans sections, and turns every mistake into one line that names the key, what was expected, what came, and the file.
+Files are found and read in config_files.py.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from .config_keys import describe_keys, explain, flatten, near, shown, wrong_keys
+from .config_files import ConfigError, read_config
+from .config_keys import describe_keys, explain, flatten, shown, wrong_keys
 from .data.config import DataConfig
 from .data.tokenizer import TokenizerConfig
 from .engine.checkpoint import CheckpointConfig
@@ -55,10 +56,6 @@ FREE_ON_RESUME = (
     "metrics",
     "kernels",
 )
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used; the message has one line a mistake."""
 
 
 class Config(Section):
@@ -122,67 +119,16 @@ def differences(now: Config, before: Config, ignore: Collection[str] = FREE_ON_R
     return [(key, flat[key], old[key]) for key in flat if flat[key] != old[key] and not f"{key}.".startswith(ignored)]
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def configs_folder() -> Path:
-    """Where the packaged recipes are: beside the package in a checkout or editable install, inside it in a wheel."""
-    package = Path(__file__).resolve().parent
-    beside = package.parent / "configs"
-    return beside if (beside / "tiny.yaml").is_file() else package / "configs"
-
-
-def find_config(name_or_path: str) -> Path:
-    """A path as it is; a name (`large`) as that file of the packaged recipes. Raises ConfigError with the names."""
-    path, folder = Path(name_or_path), configs_folder()
-    if path.is_file():
-        return path
-    if not path.is_absolute() and (packaged := folder / f"{name_or_path}.yaml").is_file():
-        return packaged
-    names = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
-    raise ConfigError(
-        f"there is no config {name_or_path}: expected the path of a YAML file, or a packaged name, one of "
-        f"{', '.join(names)}.{near(path.stem, names)}"
-    )
-
-
 def load_config(name_or_path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file (None: no file), then each `key.sub=value`; checked as a whole.
+    """Defaults, then the YAML file over what it extends (None: no file), then each `key.sub=value`; checked as a whole.
 
     The value of an override is YAML: `masking.image_ratio=[0.6,1.0]`, `optim.encoder_lr=null`. Raises ConfigError.
     """
-    values: dict[str, Any] = {}
-    if name_or_path is not None:
-        path = find_config(os.fspath(name_or_path))
-        try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} must be YAML: {error}") from None
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"{path} must hold sections (run:, data:, ...); got {shown(loaded)}.")
-        values = loaded or {}
-    for override in overrides:
-        _apply(values, override)
-    return Config.from_dict({k: {} if v is None else v for k, v in values.items()})  # `data:` with nothing below
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Put one `key.sub=value` into nested dicts; a mapping is merged into a mapping."""
-    key, equals, text = override.partition("=")
-    *above, last = key.strip().split(".")
-    if not equals or not all((*above, last)):
-        raise ConfigError(f"an override must be key.sub=value, such as schedule.steps=100; got {override!r}.")
+    stated = read_config(name_or_path, overrides)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"the value of {key} must be YAML; got {text!r}: {problem}.") from None
-    for part in above:
-        if not isinstance(values.get(part), dict):
-            values[part] = {}
-        values = values[part]
-    old = values.get(last)
-    values[last] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        return Config.from_dict({k: {} if v is None else v for k, v in stated.values.items()})  # data=null: defaults
+    except ConfigError as error:
+        raise ConfigError("\n".join(stated.where(line) for line in str(error).splitlines())) from None
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

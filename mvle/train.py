@@ -1,7 +1,7 @@
 """Pre-train: `python -m mvle.train CONFIG [key=value …]`, or the same under torchrun for several ranks.
 
-CONFIG is a YAML file, or the name of a packaged recipe (tiny, flickr8k, base, large). Starting a command again goes on
-where its run stopped. --dry-run builds all, prints all, and makes two steps on made-up data; it needs no data.
+CONFIG is a YAML file, or the name of a packaged recipe, such as tiny, base or ablation/itc. Starting a command again
+goes on where its run stopped. --dry-run builds all, prints all, and makes two steps on made-up data; it needs no data.
 
 Exit codes
      0   finished
@@ -16,6 +16,7 @@ import contextlib
 import faulthandler
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -30,7 +31,9 @@ FINISHED, FAILED, UNUSABLE, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexi
 USAGE = """usage: python -m mvle.train CONFIG [--dry-run] [key.sub=value ...]
        torchrun --nproc-per-node 8 -m mvle.train CONFIG [--dry-run] [key.sub=value ...]
 
-CONFIG is a YAML file or the name of a packaged recipe.
+CONFIG is a YAML file or the name of a packaged recipe:
+{names}
+extends=NAME puts CONFIG over that recipe instead of the one that it extends: `ablation/itc extends=tiny`.
 --dry-run builds all, prints all, and makes two steps on made-up data.
 
 Exit codes: 0 finished; 1 failed (a rank failed, hung or died); 2 the config or the data cannot be used;
@@ -139,11 +142,13 @@ def refuse(message: str) -> int:
 
 
 def show_help() -> None:
-    """Usage and every key."""
+    """Usage, the packaged recipes and every key."""
     from .config import describe
+    from .config_files import config_names
 
+    names = textwrap.fill(", ".join(config_names()), 118, initial_indent=" " * 4, subsequent_indent=" " * 4)
     try:
-        print(USAGE)
+        print(USAGE.format(names=names))
         print(describe(), flush=True)
     except BrokenPipeError:  # `--help | head` has read enough; nor may the flush at exit fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,11 +18,14 @@ from mvle.config import (
     check_ranks,
     describe,
     differences,
-    find_config,
     load_config,
     require_data,
 )
+from mvle.config_files import find_config
 from mvle.config_keys import walk
+from mvle.model.__main__ import main as print_sizes
+
+from .recipes import recipes, stated
 
 
 def write(folder: Path, text: str) -> Path:
@@ -137,7 +139,7 @@ def test_a_path_comes_before_a_packaged_name(tmp_path: Path, monkeypatch) -> Non
     assert load_config("tiny").optim.lr == 0.25
 
 
-@pytest.mark.parametrize("name", ["tiny", "flickr8k", "base", "large"])
+@pytest.mark.parametrize("name", recipes())
 def test_each_recipe_loads_and_says_what_it_is(name: str) -> None:
     path = find_config(name)
     header = path.read_text().splitlines()
@@ -149,15 +151,21 @@ def test_each_recipe_loads_and_says_what_it_is(name: str) -> None:
         assert f"# {word}" in text, f"{path} does not say: {word}"
 
 
-@pytest.mark.parametrize("name", ["tiny", "flickr8k", "base", "large"])
+@pytest.mark.parametrize("name", recipes())
 def test_a_recipe_states_nothing_that_is_misspelt_or_unread(name: str) -> None:
-    stated = yaml.safe_load(find_config(name).read_text())
-
     resolved = load_config(name).to_dict()
-    for section, values in stated.items():
-        for key, value in values.items():
+    for section, values in stated(name).items():
+        for key, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, (int, str)):
                 assert resolved[section][key] in (value, [value])  # one pattern is a list of one
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_each_recipe_builds_on_meta_and_its_size_is_counted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_sizes([name]) == 0
+
+    parts = [int(line.split()[-1].replace(",", "")) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert sum(parts[:-1]) == parts[-1] > 1e6
 
 
 @pytest.mark.parametrize(
