@@ -57,13 +57,13 @@ class Stated:
         self.origins = {k: o for k, o in self.origins.items() if not f"{k}.".startswith(f"{key}.")}
 
     def where(self, message: str) -> str:
-        """A message, and behind it which file sets the keys that it names; as it is where no file sets one of them."""
+        """A message, and behind it, in brackets, which file sets the keys that it names; as it is where none does."""
         places = {key: self.origins[key] for key in self._named(message.split(" Did you mean")[0])}
         if all(place == COMMAND_LINE for place in places.values()):
             return message
         if len(set(places.values())) == 1:
-            return f"{message} Set {next(iter(places.values()))}."
-        return f"{message} Set: {', '.join(f'{key} {place}' for key, place in places.items())}."
+            return f"{message} [{next(iter(places.values()))}]"
+        return f"{message} [{', '.join(f'{key} {place}' for key, place in places.items())}]"
 
     def _named(self, message: str) -> list[str]:
         """The keys of a message that somebody sets: those that are spelled out, and, where it is about a whole section,
@@ -168,7 +168,7 @@ def read_config(name_or_path: str | os.PathLike[str] | None, overrides: Sequence
 def _find_base(base: Any, beside: Path | None, origin: str) -> Path:
     """The file that `extends` names, whose mistakes are told with where it stands."""
     if not (isinstance(base, str) and base):
-        raise ConfigError(f"{EXTENDS} must be the name or the path of one config; got {shown(base)}. Set {origin}.")
+        raise ConfigError(f"{EXTENDS} must be the name or the path of one config; got {shown(base)}. [{origin}]")
     try:
         return find_config(base, beside)
     except ConfigError as error:

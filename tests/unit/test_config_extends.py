@@ -138,7 +138,7 @@ def test_extends_is_one_name(tmp_path: Path, value: str) -> None:
     said = message(tmp_path / "own.yaml")
 
     assert "extends must be the name or the path of one config; got " in said
-    assert said.endswith(f"Set in {tmp_path / 'own.yaml'}.")
+    assert said.endswith(f" [in {tmp_path / 'own.yaml'}]")
 
 
 def test_what_is_extended_must_be_there(tmp_path: Path) -> None:
@@ -157,25 +157,25 @@ def test_what_is_extended_must_be_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "own", "overrides", "end"),
     [
-        ("masking: {image_raito: 0.5}", "", [], "Did you mean masking.image_ratio? Set in BASE."),
-        ("", "modle: {width: 96}", [], "Set in OWN."),
-        ("", "optim: {lr: fast}", [], "got 'fast' (str). Set in OWN."),
-        ("optim: {lr: fast}", "optim: {clip: 1.0}", [], "got 'fast' (str). Set in BASE."),
-        ("optim: {lr: fast}", "optim: {lr: slow}", [], "got 'slow' (str). Set in OWN."),
+        ("masking: {image_raito: 0.5}", "", [], "Did you mean masking.image_ratio? [in BASE]"),
+        ("", "modle: {width: 96}", [], "[in OWN]"),
+        ("", "optim: {lr: fast}", [], "got 'fast' (str). [in OWN]"),
+        ("optim: {lr: fast}", "optim: {clip: 1.0}", [], "got 'fast' (str). [in BASE]"),
+        ("optim: {lr: fast}", "optim: {lr: slow}", [], "got 'slow' (str). [in OWN]"),
         ("optim: {lr: 0.5}", "", ["optim.lr=slow"], "got 'slow' (str)."),
-        ("model: 3", "", [], "got 3 (int). Set in BASE."),
-        ("model: {width: 96}", "model: 3", [], "got 3 (int). Set in OWN."),
-        ("model: 3", "model: {width: 96, heads: 5}", [], "got 96. Set in OWN."),
+        ("model: 3", "", [], "got 3 (int). [in BASE]"),
+        ("model: {width: 96}", "model: 3", [], "got 3 (int). [in OWN]"),
+        ("model: 3", "model: {width: 96, heads: 5}", [], "got 96. [in OWN]"),
         # across keys and sections: each one's place, once if it is the same
-        ("model: {heads: 5}", "", ["model.width=96"], "Set: model.heads in BASE, model.width on the command line."),
-        ("model: {width: 96, heads: 5}", "", [], "got 96. Set in BASE."),
+        ("model: {heads: 5}", "", ["model.width=96"], "[model.heads in BASE, model.width on the command line]"),
+        ("model: {width: 96, heads: 5}", "", [], "got 96. [in BASE]"),
         (
             "model: {image: {size: 64, patch: 16}}",
             "masking: {cell: 24}",
             [],
-            "Set: masking.cell in OWN, model.image.patch in BASE.",
+            "[masking.cell in OWN, model.image.patch in BASE]",
         ),
-        ("", "optim: {betas: [0.9, 1.0]}", [], "got (0.9, 1.0). Set in OWN."),
+        ("", "optim: {betas: [0.9, 1.0]}", [], "got (0.9, 1.0). [in OWN]"),
     ],
 )
 def test_a_mistake_is_told_with_its_file(tmp_path: Path, base: str, own: str, overrides: list[str], end: str) -> None:
