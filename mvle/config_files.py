@@ -153,7 +153,7 @@ def read_config(name_or_path: str | os.PathLike[str] | None, overrides: Sequence
         path = _find_base(base, beside, origin) if origin else find_config(base)
         if any(path.resolve() == above.resolve() for above, _ in files):
             circle = " -> ".join(str(p) for p in (*(above for above, _ in files), path))
-            raise ConfigError(f"{EXTENDS} must end at a config that extends none; got a circle: {circle}.")
+            raise ConfigError(f"extends must end at a config that extends none; got a circle: {circle}.")
         values = read_file(path)
         base, beside, origin = values.pop(EXTENDS, None), path.parent, f"in {path}"
         files.append((path, values))
@@ -168,8 +168,8 @@ def read_config(name_or_path: str | os.PathLike[str] | None, overrides: Sequence
 def _find_base(base: Any, beside: Path | None, origin: str) -> Path:
     """The file that `extends` names, whose mistakes are told with where it stands."""
     if not (isinstance(base, str) and base):
-        raise ConfigError(f"{EXTENDS} must be the name or the path of one config; got {shown(base)}. [{origin}]")
+        raise ConfigError(f"extends must be the name or the path of one config; got {shown(base)}. [{origin}]")
     try:
         return find_config(base, beside)
     except ConfigError as error:
-        raise ConfigError(f"{EXTENDS}={base}, set {origin}: {error}") from None
+        raise ConfigError(f"extends={base}, set {origin}: {error}") from None
