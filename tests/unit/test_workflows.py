@@ -1,0 +1,102 @@
+""".github/workflows, CITATION.cff and CHANGELOG.md agree with what the project says of itself elsewhere."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+
+
+def workflow(name: str) -> dict[Any, Any]:
+    """One of them. YAML takes the key `on` for true."""
+    return yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+
+
+def steps(path: Path) -> Iterator[dict[str, Any]]:
+    for job in yaml.safe_load(path.read_text())["jobs"].values():
+        yield from job["steps"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_may_read_the_repository_and_nothing_else(path: Path) -> None:
+    found = yaml.safe_load(path.read_text())
+
+    assert found["permissions"] == {"contents": "read"}
+    assert not any("permissions" in job for job in found["jobs"].values())
+    assert all(job["timeout-minutes"] <= 90 for job in found["jobs"].values())
+    assert "pull_request_target" not in found[True]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_every_action_is_pinned_by_its_major_version(path: Path) -> None:
+    used = [step["uses"] for step in steps(path) if "uses" in step]
+
+    assert used and all(re.fullmatch(r"actions/[a-z-]+@v\d+", action) for action in used), used
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_no_value_is_pasted_into_a_shell_script(path: Path) -> None:
+    """They come through the environment, where they cannot be commands."""
+    assert not [step["run"] for step in steps(path) if "${{" in step.get("run", "")]
+
+
+def test_tests_run_on_every_python_with_the_oldest_and_the_newest_torch() -> None:
+    matrix = workflow("ci")["jobs"]["tests"]["strategy"]["matrix"]
+    needs = {re.split(r"[><=]", need)[0]: need for need in PROJECT["dependencies"]}
+    oldest, newest = matrix["torch"]
+
+    assert matrix["python"] == ["3.11", "3.12", "3.13"]
+    assert PROJECT["requires-python"].startswith(f">={matrix['python'][0]}")
+    assert needs["torch"].startswith(f"torch>={oldest.removesuffix('.0')},")
+    assert newest == PINNED["torch"]
+    belongs = {case["torch"]: case for case in matrix["include"]}
+    assert needs["torchvision"] == f"torchvision>={belongs[oldest]['torchvision'].removesuffix('.0')}"
+    assert (belongs[newest]["torchvision"], belongs[newest]["triton"]) == (PINNED["torchvision"], PINNED["triton"])
+    baselines = {path.stem for path in (ROOT / "kernels" / "mvle_kernels" / "baselines").glob("triton-*.json")}
+    assert baselines == {f"triton-{case['triton'].removesuffix('.0')}" for case in belongs.values()}
+
+
+def test_lint_types_tests_and_a_wheel_are_looked_at() -> None:
+    scripts = {name: " ".join(s.get("run", "") for s in job["steps"]) for name, job in workflow("ci")["jobs"].items()}
+
+    assert "ruff check ." in scripts["lint"] and "ruff format --check ." in scripts["lint"]
+    assert "mypy" in scripts["types"] and "pytest tests" in scripts["tests"]
+    assert "python -m build" in scripts["wheel"] and "-m mvle.train ablation/itc extends=tiny" in scripts["wheel"]
+
+
+def test_the_gpu_job_is_started_by_hand_and_keeps_its_figures() -> None:
+    found = workflow("gpu")
+
+    assert list(found[True]) == ["workflow_dispatch"]
+    assert "self-hosted" in found["jobs"]["gpu"]["runs-on"]
+    make, upload = found["jobs"]["gpu"]["steps"][-2:]
+    assert make["run"].startswith("make gpu ")
+    assert upload["with"]["path"] == "benchmarks/results/*gpu*.json" and upload["if"] == "always()"
+
+
+def test_the_citation_has_the_version_of_the_package_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    (paper,) = citation["references"]
+
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert paper["title"] == "Masked Vision and Language Modeling for Multi-modal Representation Learning"
+    assert paper["title"] in " ".join((ROOT / "README.md").read_text().split())
+    assert paper["identifiers"][0]["value"] == "arXiv:2208.02131" and paper["year"] == 2023
+    assert paper["authors"][0]["family-names"] == "Kwon"
+
+
+def test_the_changelog_begins_with_what_is_not_released_and_knows_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+
+    assert re.findall(r"^## \[(.*?)\]", text, re.M)[0] == "Unreleased"
+    assert PROJECT["version"] in text
