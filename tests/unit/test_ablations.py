@@ -94,6 +94,6 @@ def test_what_a_recipe_has_anyway_is_stated_where_it_is_compared() -> None:
 
 
 def test_every_way_that_is_compared_has_a_config() -> None:
-    expected = {*TRAINED, *OTHERWISE, "ablation/itc_itm_mlm_mim", "ablation/replace", "ablation/data_100"}
+    expected = {*TRAINED, *OTHERWISE, "ablation/all", "ablation/replace", "ablation/data_100"}
 
     assert {name for name in config_names() if name.startswith("ablation/")} == expected

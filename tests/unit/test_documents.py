@@ -61,6 +61,7 @@ FILES = (
     "distcp",
     "cff",
 )
+PLACEHOLDERS = {"CONFIG": "tiny", "NAME": "tiny", "ablation/NAME": "ablation/all", "N": "1", "STEP": "1"}
 ATTRIBUTES = ("model.training",)  # what looks like a key, and is one of torch's own
 NEWER = {"--shutdown-timeout": (2, 12)}  # options of torchrun and the torch that brought them
 
@@ -187,7 +188,7 @@ def check_module(module: str, words: Sequence[str]) -> None:
     if module.split(".")[0] not in OWN:
         assert module in ("pytest", "pip", "venv", "build", "ruff", "mypy"), f"{module} is a module that no test knows"
         return check_pytest(words) if module == "pytest" else None
-    words = [{"CONFIG": "tiny", "N": "1", "STEP": "1", "NAME": "tiny"}.get(word, word) for word in words]
+    words = [PLACEHOLDERS.get(word, word) for word in words]
     if module == "mvle.train":
         return check_train(words)
     entry = f"{module}.__main__" if find_spec(module) and find_spec(module).submodule_search_locations else module
