@@ -336,6 +336,9 @@ def test_every_config_key_that_a_document_names_is_there(name: str) -> None:
             found = re.fullmatch(rf"((?:{first})(?:\.[a-z_0-9]+)+)(=.*)?", word := word.rstrip(".,"))
             if found is None or found[1] in ATTRIBUTES or (not found[2] and found[1].rpartition(".")[2] in FILES):
                 continue
+            if re.match(r"data\.train\.\w+", found[1]):  # a source, whose name is the user's
+                assert re.fullmatch(r"data\.train\.\w+(\.(shards|weight))?", found[1]), word
+                continue
             assert found[1] in KEYS | SECTIONS, f"{name} names {word}, and there is no such key"
             if found[2] and not re.search(rf"=({MORE}|[A-Z]+)?$", word):
                 refuse_unknown_value(name, word)
