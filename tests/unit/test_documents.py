@@ -25,6 +25,7 @@ from PIL import Image
 from mvle.config import FREE_ON_RESUME, Config, ConfigError, load_config
 from mvle.config_files import config_names, find_config
 from mvle.config_keys import sections, walk
+from mvle.export import main as export
 
 from .documents import (
     MORE,
@@ -426,6 +427,7 @@ def test_the_python_of_the_readme_runs_on_a_run(tmp_path: Path) -> None:
     """And what another document marks as ```python run, except docs/kernels.md, which has a test of its own."""
     (tmp_path / "runs").mkdir()
     small_run(tmp_path / "runs" / "tiny")
+    assert export([str(tmp_path / "runs" / "tiny"), "--output", str(tmp_path / "exports" / "tiny")]) == 0
     programs = [text for text, _ in fences("README.md", "python")]
     programs += [text for name in NAMES for text, how in fences(name, "python") if how == "run" and name != "README.md"]
     assert len(programs) >= 2
