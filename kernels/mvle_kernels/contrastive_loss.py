@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .dispatch import Op
@@ -22,15 +23,36 @@ from .dispatch import Op
 CONTRASTIVE = Op("contrastive_loss")
 
 
+class Gather(torch.autograd.Function):
+    """[b, ...] of each rank -> [W * b, ...] in rank order; its backward sums over ranks and gives each its own part.
+
+    Not by torch's functional collectives: they return a tensor that a thread of gloo is still at work on, and with
+    torch 2.14.1 a CPU rank then died of a damaged heap, once in some thousand steps on a busy machine.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        whole = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
+        collective("all_gather_single", "all_gather_into_tensor")(whole, x.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        own = grad.new_empty(len(grad) // dist.get_world_size(ctx.group), *grad.shape[1:])
+        collective("reduce_scatter_single", "reduce_scatter_tensor")(own, grad.contiguous(), group=ctx.group)
+        return own, None
+
+
+def collective(name: str, before: str) -> Any:
+    """A function of torch.distributed by its name since torch 2.13, or the one before."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
 def gather(x: Tensor, group: Any) -> Tensor:
     """[b, ...] of each rank -> [W * b, ...] in rank order, with gradient if x is floating; x itself without a group."""
-    if group is None:
-        return x
-    from torch.distributed import _functional_collectives as collectives
-
-    name = "all_gather_single" if hasattr(collectives, "all_gather_single") else "all_gather_tensor"  # renamed in 2.13
-    collect = getattr(collectives, name + "_autograd" if x.is_floating_point() else name)
-    return collect(x.contiguous(), 0, group)
+    return x if group is None else Gather.apply(x, group)
 
 
 @CONTRASTIVE.register("reference", "two plain products")
@@ -43,7 +65,7 @@ def _loss(
     all_images, all_texts = gather(image, group), gather(text, group)
     start = 0
     if group is not None:
-        start = torch.distributed.get_rank(group) * len(image)
+        start = dist.get_rank(group) * len(image)
     own = torch.arange(start, start + len(image), device=image.device)
     same = (image_ids[:, None] == gather(image_ids, group)) | (text_ids[:, None] == gather(text_ids, group))
     same.scatter_(1, own[:, None], False)
