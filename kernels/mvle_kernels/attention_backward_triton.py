@@ -58,6 +58,8 @@ def rule(max_q: int, max_k: int, head: int, arch: str, dtype: torch.dtype) -> di
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
+LN_2: tl.constexpr = tl.constexpr(math.log(2))
+
 
 @triton.jit
 def store_rows(x, first, row, length, e, values, H: tl.constexpr, E: tl.constexpr, EVEN: tl.constexpr):
@@ -109,8 +111,7 @@ def attention_backward_kernel(
     stride_gt,
     stride_gh,
     # scalars
-    scale,
-    scale_2,  # times log2(e)
+    scale_2,  # of products, times log2(e); the scale itself would be one more value to keep through the loop
     # compile-time
     H: tl.constexpr,
     E: tl.constexpr,
@@ -166,21 +167,21 @@ def attention_backward_kernel(
 
             t = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale_2
             p = tl.exp2(t - lse_row[None, :])  # past the context whatever comes: those rows of sum_v are not stored
-            dp = tl.dot(values, tl.trans(slope), input_precision="ieee")  # before sum_v: 3.6 would spill for sm_100
             sum_v += tl.dot(p.to(DOT), slope, input_precision="ieee")
+            dp = tl.dot(values, tl.trans(slope), input_precision="ieee")
             ds = tl.where((key < k_length)[:, None], p * (dp - delta[None, :]), 0.0).to(DOT)
-            sum_k += tl.dot(ds, queries, input_precision="ieee")
-            if WHOLE:
-                dq_rows = tl.dot(tl.trans(ds), keys, input_precision="ieee") * scale
+            if WHOLE:  # before sum_k: behind it Triton 3.6 spills for sm_100
+                dq_rows = tl.dot(tl.trans(ds), keys, input_precision="ieee") * (scale_2 * LN_2)
                 store_rows(dq + head * E, q_first, row, q_length, e, dq_rows, H, E, EVEN)
+            sum_k += tl.dot(ds, queries, input_precision="ieee")
 
     if slot < 0:
         at = k_first.to(tl.int64)
-        store_rows(dk + head * E, at, key, k_length, e, sum_k * scale, H, E, EVEN)
+        store_rows(dk + head * E, at, key, k_length, e, sum_k * (scale_2 * LN_2), H, E, EVEN)
         store_rows(dv + head * E, at, key, k_length, e, sum_v, H, E, EVEN)
     else:
         at = tl.cast(slot, tl.int64) * max_k
-        store_rows(part_k + head * E, at, key, k_length, e, sum_k * scale, H, E, EVEN)
+        store_rows(part_k + head * E, at, key, k_length, e, sum_k * (scale_2 * LN_2), H, E, EVEN)
         store_rows(part_v + head * E, at, key, k_length, e, sum_v, H, E, EVEN)
 
 
@@ -212,7 +213,7 @@ def query_gradient_kernel(
     stride_gh,
     # scalars
     scale,
-    scale_2,
+    scale_2,  # times log2(e)
     # compile-time
     H: tl.constexpr,
     E: tl.constexpr,
@@ -326,7 +327,7 @@ def backward(
     shared: dict[str, Any] = {"q": q, "k": k, "v": v, "out": out, "gradient": gradient, "lse": lse, "dq": dq}
     shared |= {"q_offsets": q_offsets, "k_offsets": k_offsets, "q_rows": T}
     shared |= strides(q=q, k=k, v=v, g=gradient)
-    shared |= {"scale": 1 / math.sqrt(E), "scale_2": LOG2_E / math.sqrt(E), "H": H, "E": E, "BLOCK_E": bucket["e"]}
+    shared |= {"scale_2": LOG2_E / math.sqrt(E), "H": H, "E": E, "BLOCK_E": bucket["e"]}
     shared |= {"INDEXED": readers is not None, "DOT": dot_dtype(q.dtype)}
     launch(
         attention_backward_kernel,
@@ -348,8 +349,8 @@ def backward(
     )
     if blocks > 1:
         tiles = -(-max_q // chosen["BLOCK_Q"])
-        index = k_offsets if kv_index is None else kv_index
-        launch(query_gradient_kernel, (sequences * H * tiles,), chosen, **shared, kv_index=index, tiles=tiles)
+        shared |= {"kv_index": k_offsets if kv_index is None else kv_index, "scale": 1 / math.sqrt(E)}
+        launch(query_gradient_kernel, (sequences * H * tiles,), chosen, **shared, tiles=tiles)
     if parts:
         spread = min(-(-max_k * H * E // (8 * FILL)), 65535)  # all that a grid's second axis takes
         sums |= {"slots": slots, "k_offsets": k_offsets, "max_k": max_k}

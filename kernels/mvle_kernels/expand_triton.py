@@ -8,8 +8,8 @@ Cost     reads R rows and writes T (R: rows of what is read; T: of the result), 
          rows first, in 15 launches, and sorts in the backward: by count 387 to 620 MB there. It blanks a tail in a
          second pass.
 Exact    copies; the backward sums in float32 in a fixed order and rounds once: bitwise repeatable.
-Limits   fewer than 2^31 rows, and fewer programs: one for each 8 rows and 256 values, in the backward of a sequence as
-         long as the longest, for each sequence. All readers of a sequence are summed by the same programs: one that
+Limits   fewer than 2^31 rows; sequences of up to 524280 rows, for which the second axis of a grid has programs. All
+         readers of a sequence are summed by the same programs, one for each 8 rows and 256 values: a sequence that
          everybody reads costs them a loop over everybody.
 Measured not yet measured on a GPU
 """
@@ -93,7 +93,7 @@ def expand_kernel(
         tl.store(out + write + d, value, mask=(t < total)[:, None] & (d < D))
 
 
-@triton.jit(do_not_specialize=["total", "read", "blocks"])
+@triton.jit(do_not_specialize=["total", "read"])
 def expand_backward_kernel(
     # inputs
     gradient,
@@ -107,7 +107,6 @@ def expand_backward_kernel(
     copies,
     total,  # rows of the source, and of the gradient
     read,
-    blocks,  # of rows, of the longest sequence
     # strides
     stride_t,
     # compile-time
@@ -120,8 +119,8 @@ def expand_backward_kernel(
     columns: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
     d = (program % columns) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    position = (program // columns % blocks) * ROWS + tl.arange(0, ROWS)
-    b = program // columns // blocks
+    position = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    b = program // columns
     begin = tl.load(starts + b)
     if b < sequences:
         length = tl.load(starts + b + 1) - begin
@@ -147,7 +146,7 @@ def expand_backward_kernel(
         row = begin + position
         while tl.min(row, 0) < total:
             tl.store(of_rows + row.to(tl.int64)[:, None] * D + d, zero, mask=(row < total)[:, None] & (d < D))
-            row += blocks * ROWS
+            row += tl.num_programs(1) * ROWS
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
@@ -185,10 +184,9 @@ def backward(gradient: Tensor, index: Tensor, starts: Tensor, ends: Tensor, tota
     chosen: Mapping[str, int] = config(
         "expand_backward", gradient.device, gradient.dtype, {"d": D}, backward_rule(D, copies)
     )
-    blocks = max(1, -(-longest // chosen["ROWS"]))
     launch(
         expand_backward_kernel,
-        (-(-D // chosen["BLOCK_D"]) * blocks * (sequences + 1),),
+        (-(-D // chosen["BLOCK_D"]) * (sequences + 1), max(1, -(-longest // chosen["ROWS"]))),
         chosen,
         gradient=gradient,
         index=index,
@@ -199,7 +197,6 @@ def backward(gradient: Tensor, index: Tensor, starts: Tensor, ends: Tensor, tota
         copies=copies,
         total=total,
         read=gradient.shape[0],
-        blocks=blocks,
         stride_t=gradient.stride(0),
         D=D,
     )

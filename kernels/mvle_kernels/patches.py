@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import triton_support
 from .dispatch import Op
-from .layout import equal_length, has_tail
+from .layout import equal_length, has_tail, padded_length
 from .packed import Packed, concatenate, from_host, round_up, row_index
 
 PATCHIFY = Op("patchify")
@@ -348,7 +348,12 @@ def sum_into(total: Tensor, index: Tensor, values: Tensor) -> None:
         total.index_add_(0, index, values)
 
 
+LONGEST = 65535 * 8  # rows of a sequence: programs along a grid's second axis, and rows of one
+
+
 def _refuse_expand(rows: Packed, index: Tensor, layout: Packed) -> str | None:
+    if (longest := padded_length(rows)) > LONGEST:
+        return f"takes sequences of at most {LONGEST} rows; got {longest}"
     return triton_support.refuse(rows.rows, index, rows.offsets, layout.offsets)
 
 

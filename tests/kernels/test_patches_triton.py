@@ -143,7 +143,8 @@ def test_a_layout_is_the_one_that_plain_torch_makes() -> None:
 
 
 def test_wide_rows_and_many_images() -> None:
-    assert_equals_reference(views(masks(2, [1]), ["replace", "drop"]), leaves(1, 2, 300))  # 256 values and a bit
+    # 256 values and a bit, which is two programs for each of 4 positions
+    assert_equals_reference(views(masks(3, [1]), ["replace", "drop"]), leaves(1, 3, 300))
     many = [b % 4 for b in range(70)]  # a chunk of 64 images and a bit
     assert_equals_reference(views(masks(3, many), ["replace"]), leaves(70, 3, 5))
 
@@ -219,7 +220,7 @@ def test_insertion_equals_the_reference_in_each_dtype(dtype: torch.dtype) -> Non
 
 
 def test_insertion_of_wide_and_of_strided_rows_and_of_many() -> None:
-    for N, counts, D in ((2, [1], 300), (3, [b % 4 for b in range(70)], 5)):
+    for N, counts, D in ((3, [1], 300), (3, [b % 4 for b in range(70)], 5)):
         run, total = insertion(masks(N, counts))
         given = numbers(total, D), numbers(D, seed=1), numbers(N + 1, D, seed=2)
         assert_equals_reference(run, [strided(given[0]), given[1], strided(given[2])])
@@ -286,6 +287,7 @@ def test_a_sequence_that_everybody_reads() -> None:
 def test_repetition_of_wide_of_strided_and_of_far_rows() -> None:
     run = repetition(layout([1, 2]), [1, 0, 1])
     assert_equals_reference(run, [strided(numbers(3, 300))])
+    assert_equals_reference(repetition(layout([1, 11]), [1, 0, 1]), [numbers(12, 300)])  # two programs each way
     assert_equals_reference(run, [numbers(3, 5).T.contiguous().T])
     assert_equals_reference(run, [far_apart(numbers(3, 4, dtype=torch.bfloat16))])
     assert_equals_reference(run, [numbers(3, 2, 4)])
@@ -434,3 +436,6 @@ def test_explain_says_when_they_are_taken() -> None:
     assert chosen in explain(insert_mask_tokens, rows, masked, tokens[0], positions, 1)
     assert "got torch.float64" in explain(insert_mask_tokens, rows, masked, tokens[0].double(), positions, 1)
     assert chosen in explain(expand, rows, index, expand_layout(rows, index))
+    for longest, said in ((524280, chosen), (524281, "takes sequences of at most 524280 rows; got 524281")):
+        long = forget_lengths(rows, longest).with_rows(rows.rows)
+        assert said in explain(expand, long, index, expand_layout(rows, index))

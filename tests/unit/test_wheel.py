@@ -53,7 +53,7 @@ def test_a_wheel_has_every_recipe_and_finds_it_from_another_folder(site: Path, t
     environment = {**os.environ, "PYTHONPATH": str(site)}
 
     done = subprocess.run(
-        [sys.executable, "-c", USE, str(site)],
+        [sys.executable, "-B", "-c", USE, str(site)],  # nothing is left beside what was unpacked
         cwd=tmp_path,
         env=environment,
         capture_output=True,
