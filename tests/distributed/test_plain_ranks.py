@@ -6,7 +6,10 @@ import os
 import random
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from mvle_kernels.contrastive_loss import gather
+from torch import Tensor
 
 from ..agreement import SEED, Case, assert_same, draw_case, gradients, plain_step
 from .ranks import run_ranks
@@ -21,6 +24,8 @@ def drawn(seed: int) -> Case:
 def check(folder: str) -> None:
     """One rank: its half of the pairs of each case, gradients and losses added up; rank 0 holds them to the plain."""
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank(), world_size=2)
+    gathered = gather(torch.tensor([rank()]), dist.group.WORLD)
+    assert type(gathered) is Tensor and gathered.tolist() == [0, 1], "whole when it is there, not in a thread's hands"
     for seed in range(CASES):
         model, batch = drawn(seed).made()
         half = len(batch) // 2
