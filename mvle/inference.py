@@ -16,7 +16,7 @@ folder (`python -m mvle.export`) holds the weights of one step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,12 +28,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .engine.errors import RunError as RunError
+from .engine.stored import Stored, Weights, find_stored
 from .evaluation.split import low_ratio, pack_tokens, patch_masks, to_images
 
 if TYPE_CHECKING:
-    from .config import Config
     from .data.tokenizer import Tokenizer
-    from .engine.stored import Weights
     from .model.model import MaskVLM
 
 CHUNK = 64  # pairs of one forward
@@ -41,30 +40,12 @@ MASK = "<mask>"
 
 
 @dataclass(frozen=True, eq=False)
-class OpenedRun:
-    """What the folder of a run or an export holds: its config, tokenizer, model (in eval, on `device`), checkpoint and
-    its meta.json.
+class OpenedRun(Stored):
+    """What the folder of a run or an export holds, opened: its tokenizer, and its model (in eval, on `device`)."""
 
-    weights: model (as trained) or ema (their slow average): which of the two the model has
-    """
-
-    folder: Path
-    config: Config
     tokenizer: Tokenizer
     model: MaskVLM
     device: torch.device
-    checkpoint: Path
-    meta: Mapping[str, Any]
-    weights: Literal["model", "ema"]
-    title: str
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps that the weights have seen."""
-        return int(self.meta["step"])
-
-    def __str__(self) -> str:
-        return self.title
 
 
 def open_run(
@@ -79,26 +60,15 @@ def open_run(
     what was taken. Raises RunError where something is missing; CheckpointError where no checkpoint is whole or fits, or
     where weights is ema and there is none.
     """
-    from .engine.stored import find_stored
     from .model.model import MaskVLM
 
     stored = find_stored(folder, step, weights)
-    tokenizer = stored.tokenizer()
+    tokenizer = stored.read_tokenizer()
     model = MaskVLM(stored.config, tokenizer.vocabulary, tokenizer.mask_id)
     stored.fill(model)
     where = torch.device(pick_device(device or stored.config.run.device))
     model.eval().requires_grad_(False).to(where)
-    return OpenedRun(
-        stored.folder,
-        stored.config,
-        tokenizer,
-        model,
-        where,
-        stored.checkpoint,
-        stored.meta,
-        stored.weights,
-        str(stored),
-    )
+    return OpenedRun(**vars(stored), tokenizer=tokenizer, model=model, device=where)
 
 
 def pick_device(name: str) -> str:

@@ -114,7 +114,7 @@ def weights_of_run(config: Config, stored: Stored, vocabulary: int, mask_id: int
     model, theirs = config.model, stored.config.model
     shapes, tensors = shapes_of(config, vocabulary, mask_id), stored.tensors()
     unused, notes = [], []
-    if tokenizer is not None and not tokenizer.same_words(stored.tokenizer()):
+    if tokenizer is not None and not tokenizer.same_words(stored.read_tokenizer()):
         unused += [f"{name} (other words)" for name in WORDS if tensors.pop(name, None) is not None]
     for name in IMAGE_POSITIONS:
         if name in tensors and name in shapes and theirs.image.grid != model.image.grid:

@@ -47,7 +47,7 @@ class Stored:
         which = "EMA of the weights" if self.weights == "ema" else "weights as trained"
         return f"{self.folder} at step {self.step} ({which})"
 
-    def tokenizer(self) -> Tokenizer:
+    def read_tokenizer(self) -> Tokenizer:
         """The one that it was trained with."""
         from ..data.tokenizer import Tokenizer
 

@@ -90,6 +90,7 @@ def write_text_encoder(folder: Path, config: ModelConfig, encoder: nn.Module, to
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Its parameters by name, float32 on the CPU."""
+    # sync: an export copies every weight, no step comes here
     return {name: parameter.detach().float().cpu() for name, parameter in module.named_parameters()}
 
 
