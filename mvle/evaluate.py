@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .data.remote import shown
 from .evaluation.tables import conditional_tables, retrieval_tables
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ def evaluate(run: OpenedRun, options: argparse.Namespace) -> dict[str, Any]:
         figures = {**stored(run.folder / "evaluation.json", header), **figures}
     wanted = [what for what in PARTS if options.what in (what, "all")]
     print(
-        f"{run}: {images} images of {' '.join(patterns)}, captions: {captions} for retrieval, the first one elsewhere"
+        f"{run}: {images} images of {shown(' '.join(patterns))}, captions: {captions} for retrieval, "
+        "the first one elsewhere"
     )
     for what in wanted:
         if figures.get(PARTS[what][0]) and (what != "retrieval" or figures["retrieval"]["k"] == k):

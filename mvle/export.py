@@ -96,6 +96,7 @@ def export(run: OpenedRun, output: Path, overwrite: bool = False) -> Path:
 
 def write(run: OpenedRun, folder: Path, name: str) -> None:
     """Every file. name: that of the folder when it is in its place."""
+    from .data.remote import shown  # a folder for others holds no keys of URLs
     from .engine.run import RunFolder
     from .engine.stored import MODEL_FILE
     from .exporting.card import card
@@ -106,14 +107,14 @@ def write(run: OpenedRun, folder: Path, name: str) -> None:
     model, config = run.model, run.config
     write_tensors(folder / MODEL_FILE, tensors_of(model))
     run.tokenizer.save(files.tokenizer)
-    files.write_config(config.to_yaml())
+    files.write_config(shown(config.to_yaml()))
     write_image_encoder(folder / "image_encoder", config.model, model.image_encoder)
     write_text_encoder(folder / "text_encoder", config.model, model.text_encoder, run.tokenizer)
     known = figures(run)
     if known:
-        files.evaluation.write_text(json.dumps(known, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(name, run, known, validation_row(run)), encoding="utf-8")
-    (folder / "meta.json").write_text(json.dumps(meta(run, folder), indent=1) + "\n", encoding="utf-8")
+        files.evaluation.write_text(shown(json.dumps(known, indent=1, allow_nan=False)) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(shown(card(name, run, known, validation_row(run))), encoding="utf-8")
+    (folder / "meta.json").write_text(shown(json.dumps(meta(run, folder), indent=1)) + "\n", encoding="utf-8")
 
 
 def meta(run: OpenedRun, folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .files import File, status
 from .index import ShardIndex, open_indexes, shard_changed
 from .patterns import expand_pattern, refuse_lost_shards
 from .reader import ShardReader
+from .remote import shown
 from .shapes import shape_shards
 from .sources import Source, weights_of
 
@@ -67,7 +68,9 @@ class ShardSet:
                 paths += found
         repeated = [str(path) for path, times in Counter(paths).items() if times > 1]
         if repeated:
-            raise DataError(f"each shard must be named once; {', '.join(repeated[:3])} comes twice in {patterns}.")
+            raise DataError(
+                f"each shard must be named once; {', '.join(repeated[:3])} comes twice in {shown(str(patterns))}."
+            )
         return ShardSet(open_indexes(paths, index_folder))
 
     @cached_property

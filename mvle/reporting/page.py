@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data import remote
 from ..evaluation.tables import likelihood_rows, matching_rows, pixel_rows, retrieval_rows, word_rows
 from .curves import Line, chart
 from .gather import COLUMNS, Filled, Found, Gathered, Piece, Rebuilt
@@ -177,8 +178,8 @@ def tables_section(figures: Mapping[str, Any]) -> str:
     if likelihoods := likelihood_rows(conditional):
         parts.append(table(likelihoods))
     about = (
-        f"{figures['pairs']} images of {' '.join(figures['data'])}, at step {figures['step']}. A model that ignores "
-        "its partner scores the same with a true and with a wrong one."
+        f"{figures['pairs']} images of {remote.shown(' '.join(figures['data']))}, at step "
+        f"{figures['step']}. A model that ignores its partner scores the same with a true and with a wrong one."
     )
     return f'<h2>Figures</h2><p class="soft">{html.escape(about)}</p>' + "".join(parts)
 

@@ -18,12 +18,14 @@ from safetensors import safe_open
 
 import mvle
 from mvle import evaluate, export, report
+from mvle.config import Config
 from mvle.engine.checkpoint import CheckpointConfig, Checkpointer
 from mvle.engine.ema import Ema
 from mvle.engine.errors import CheckpointError, RunError
 from mvle.engine.parallel import Parallel
 from mvle.engine.run import RunFolder
 from mvle.inference import Pretrained, open_run
+from mvle.reporting.page import tables_section
 
 from .published import image_rows, pictures, randomised, roberta_rows, vit_rows
 from .small_run import small_run
@@ -151,6 +153,23 @@ def test_the_checkpoint_and_weights_that_are_asked_for_are_exported(options, fou
     step, weights = found
     wanted = dict(open_run(run.path, step=step, weights=weights).model.named_parameters())
     assert all(torch.equal(p, wanted[name]) for name, p in opened.model.named_parameters())
+
+
+def test_keys_within_urls_reach_neither_an_export_nor_the_report(run: RunFolder, tmp_path: Path) -> None:
+    secret = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    url = "https://host/a-{000..003}.tar?X-Sig=SECRET&more=SECRET"
+    values = open_run(run.path).config.to_dict()
+    values["data"] |= {"train": {"coco": {"shards": [url], "weight": 1.0}}, "test": [url]}
+    secret.config.write_text(Config.from_dict(values).to_yaml())
+    found = {"pairs": 3, "data": [url], "captions": "first", "step": 5, "weights": "ema"}
+    secret.evaluation.write_text(json.dumps(found))
+
+    made = export.export(open_run(secret.path), tmp_path / "export")
+
+    assert json.loads((made / "evaluation.json").read_text())["data"] == ["https://host/a-{000..003}.tar?..."]
+    assert not [path for path in made.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
+    assert mvle.load(str(made)).config.data.test == ("https://host/a-{000..003}.tar?...",)
+    assert "SECRET" not in tables_section(found) and "https://host/a-" in tables_section(found)
 
 
 def test_an_export_holds_one_step_and_one_kind_of_weights(folder: Path) -> None:
