@@ -15,8 +15,8 @@ Exact    logits are rounded to the dtype of the rows, bias included; all else of
          chunks and gradients that come out in float32 are float32 throughout; a dW of 16 bits is rounded once. A row is
          one program's, rows are added by torch in a fixed order: bitwise repeatable. Words of the padded tail are
          never read and never learn; a row without a target is zero. Logits that are not finite make loss and gradient
-         so, as in the reference; a target that names no word makes the loss not a number.
-Limits   first derivatives only; W and its padded tail finite (0 times infinity is not a number).
+         so, as in the reference; a target that names no word makes the loss not a number, if it fits 32 bits.
+Limits   first derivatives only; W and its padded tail finite (0 times infinity is not a number); targets fit 32 bits.
 Measured not yet measured on a GPU
 """
 
