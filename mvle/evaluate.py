@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data.remote import shown
-from .evaluation.tables import conditional_tables, retrieval_tables
+from .evaluation.tables import PARTS, conditional_tables, retrieval_tables
 
 if TYPE_CHECKING:
     from .data.shards import ShardSet
     from .inference import OpenedRun
 
-PARTS = {"retrieval": ("retrieval", "itm"), "conditional": ("conditional",)}  # what -> keys of evaluation.json
-HEADER = ("data", "pairs", "captions", "step", "weights", "fingerprint")
+HEADER = ("data", "pairs", "captions", "step", "weights", "checkpoint", "fingerprint")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,17 +109,20 @@ def evaluate(run: OpenedRun, options: argparse.Namespace) -> dict[str, Any]:
         "captions": captions,
         "step": run.step,
         "weights": run.weights,
+        "checkpoint": run.identity,
         "fingerprint": fingerprint(run, shards),
     }
     target = options.json or run.folder / "evaluation.json"
     figures = stored(target, header)
     if options.json is not None:  # the run may know them already
         figures = {**stored(run.folder / "evaluation.json", header), **figures}
-    wanted = [what for what in PARTS if options.what in (what, "all")]
+    wanted, skipped = trained_parts(run, options.what)
     print(
         f"{run}: {images} images of {shown(' '.join(patterns))}, captions: {captions} for retrieval, "
         "the first one elsewhere"
     )
+    for what, why in skipped.items():
+        print(f"{what}: skipped, since {why}")
     for what in wanted:
         if figures.get(PARTS[what][0]) and (what != "retrieval" or figures["retrieval"]["k"] == k):
             print(f"{what}: the same checkpoint, data and settings as in {target}; these are its figures:")
@@ -133,21 +135,36 @@ def evaluate(run: OpenedRun, options: argparse.Namespace) -> dict[str, Any]:
     return {**header, **figures}
 
 
+def trained_parts(run: OpenedRun, asked: str) -> tuple[list[str], dict[str, str]]:
+    """The parts of `asked` that this run was trained for, and why each other one is skipped. Raises RunError where
+    nothing is left."""
+    from .inference import RunError
+
+    weights = run.config.objectives
+    needs = {"retrieval": ("itc",), "conditional": ("mlm", "mim")}  # one of them
+    wanted = [what for what in PARTS if asked in (what, "all")]
+    skipped = {}
+    for what in wanted:
+        if not any(getattr(weights, name).weight for name in needs[what]):
+            keys = " or ".join(f"objectives.{name}.weight" for name in needs[what])
+            skipped[what] = f"it needs a run that was trained with {keys} above 0; here it is 0"
+    if len(skipped) == len(wanted):
+        raise RunError("; ".join(f"{what}: {why}" for what, why in skipped.items()) + ".")
+    return [what for what in wanted if what not in skipped], skipped
+
+
 def compute(what: str, run: OpenedRun, shards: ShardSet, pairs: int, captions: str, k: int) -> dict[str, Any]:
     """The parts of evaluation.json that `what` names."""
     from .evaluation.conditional import conditional
     from .evaluation.matching import matching
     from .evaluation.retrieval import embed, retrieval
-    from .evaluation.split import Split, SplitError, described
+    from .evaluation.split import Split, described
 
     split = Split(run.config, shards, run.tokenizer, pairs)
-    objectives = run.config.objectives
     if what == "conditional":
         found = conditional(run.model, split, run.config.evaluation.seed, run.device)
         return {"conditional": described(found)}
-    if not objectives.itc.weight:
-        raise SplitError("retrieval needs a run that was trained with objectives.itc.weight above 0; here it is 0.")
-    itm = bool(objectives.itm.weight)
+    itm = bool(run.config.objectives.itm.weight)
     embedded = embed(run.model, split, run.device, captions, keep_rows=itm)
     out = {"retrieval": described(retrieval(run.model, embedded, k, run.device, rerank_too=itm))}
     return out | ({"itm": described(matching(run.model, embedded, split, run.device))} if itm else {})
@@ -183,13 +200,8 @@ def open_data(run: OpenedRun, patterns: Sequence[str]) -> ShardSet:
 
 
 def fingerprint(run: OpenedRun, shards: ShardSet) -> str:
-    """What figures stand on, as hex: the data, the checkpoint's meta.json with its time of writing, which weights."""
-    meta = run.checkpoint / "meta.json"
-    written = str(meta.stat().st_mtime_ns)
-    digest = hashlib.blake2b(digest_size=16)
-    for part in (shards.fingerprint.encode(), meta.read_bytes(), written.encode(), run.weights.encode()):
-        digest.update(part + b"\n")
-    return digest.hexdigest()
+    """What figures stand on, as hex: the data and the weights."""
+    return hashlib.blake2b(f"{shards.fingerprint}\n{run.identity}".encode(), digest_size=16).hexdigest()
 
 
 def stored(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,14 +118,18 @@ def write(run: OpenedRun, folder: Path, name: str) -> None:
 
 
 def meta(run: OpenedRun, folder: Path) -> dict[str, Any]:
-    """meta.json: what the checkpoint's says of the model, which weights these are, and the sizes of the files that
-    must stay as they are (the card and the figures may change)."""
+    """meta.json: what the checkpoint's says of the model, which weights these are, sizes of the files that must stay as
+    they are (the card and the figures may change), and checksums of those that hold weights."""
+    from .engine.stored import sha256
+
     about_the_checkpoint = ("files", "metadata_crc32", "ranks", "threads")
     kept = {key: value for key, value in run.meta.items() if key not in about_the_checkpoint}
     fixed = [path for path in folder.rglob("*") if path.is_file() and path.parent != folder]
     fixed += [folder / "model.safetensors", folder / "config.yaml"]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(fixed)}
-    return {**kept, "weights": run.weights, "export": FORMAT, "exported_by": f"mvle {__version__}", "files": sizes}
+    sums = {name: sha256(folder / name) for name in sizes if name.endswith(".safetensors")}
+    made = {"weights": run.weights, "export": FORMAT, "exported_by": f"mvle {__version__}"}
+    return {**kept, **made, "files": sizes, "sha256": sums}
 
 
 def validation_row(run: OpenedRun) -> Mapping[str, Any]:

@@ -83,12 +83,12 @@ def write_report(run: OpenedRun, options: argparse.Namespace) -> Path:
 
 
 def figures(run: OpenedRun) -> dict[str, Any]:
-    """evaluation.json, if it speaks of this checkpoint and these of its weights."""
+    """evaluation.json, if it speaks of these weights (`Stored.identity`); {} otherwise."""
     path = run.folder / "evaluation.json"
     if not path.is_file():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found if (found.get("step"), found.get("weights")) == (run.step, run.weights) else {}
+    return found if found.get("checkpoint") == run.identity else {}
 
 
 def facts(

@@ -21,7 +21,7 @@ from .files import is_url
 from .index import index_path
 from .indexing import IMAGE_SUFFIXES
 from .left_out import left_out_lines
-from .rows import Found, Row, RowOptions, checked_split, without_captions
+from .rows import Found, Row, RowOptions, check_splits, checked_split, without_captions
 from .rows_folder import read_folder
 from .rows_json import read_jsonl, read_karpathy
 from .rows_table import read_table
@@ -70,6 +70,7 @@ def pack(
         raise DataError(f"--output must be a folder on a disk; got {output}. Pack there, then copy the shards.")
     found, folder = _read(form, source, options), Path(output)
     what = str(source or options.images)
+    check_splits(found.rows)
     rows, silent = without_captions(found.rows)
     if not rows:
         reasons = left_out_lines(found.left_out + silent, 5)

@@ -19,11 +19,13 @@ DEFAULT_SPLIT = "train"
 
 @dataclass(frozen=True)
 class Row:
-    """One image: its path under the images folder, its captions, its split, and what else its JSON keeps."""
+    """One image: its path under the images folder, its captions, its split, where the input says so, and what else its
+    JSON keeps."""
 
     image: str
     captions: list[str]
     split: str
+    where: str
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -87,6 +89,18 @@ def checked_split(name: Any, where: str) -> str:
     if not isinstance(name, str) or not name or set(name) & set("/\\.*?[{"):
         raise DataError(f"{where}: a split must be a plain name; got {name!r}.")
     return name
+
+
+def check_splits(rows: Iterable[Row]) -> None:
+    """Raise DataError where an image is in two splits: it would be trained on and tested with."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        before = first.setdefault(row.image, row)
+        if before.split != row.split:
+            raise DataError(
+                f"{row.where}: {row.image} is in split {row.split}, and in {before.split} by {before.where}. An image "
+                "must be in one split alone: else it would be trained on and tested with."
+            )
 
 
 def without_captions(rows: Iterable[Row]) -> tuple[list[Row], list[tuple[str, str]]]:

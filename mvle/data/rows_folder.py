@@ -42,7 +42,7 @@ def read_folder(options: RowOptions) -> Found:
                 found.left_out.append((name, "in no folder of a split"))
                 continue
             checked_split(split, f"{options.images}/{split}")
-        found.rows.append(Row(name, [caption for caption in captions if caption.strip()], split))
+        found.rows.append(Row(name, [caption for caption in captions if caption.strip()], split, name))
     stems = {os.path.splitext(name)[0] for name in images}
     found.left_out += [(text, "a .txt without an image") for stem, text in texts.items() if stem not in stems]
     return found

@@ -33,7 +33,7 @@ def read_jsonl(source: Path, options: RowOptions) -> Found:
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise DataError(f"{where}: {_JSONL}; its captions are no list of texts.")
         split = checked_split(row.pop("split", options.default_split), where)
-        found.rows.append(Row(image, captions, split, row))
+        found.rows.append(Row(image, captions, split, where, row))
     return found
 
 
@@ -60,7 +60,7 @@ def read_karpathy(source: Path, options: RowOptions) -> Found:
         rest[split if isinstance(split, str) else ""] += 1
         split = checked_split(options.restval if split == "restval" else split, where)
         record = {key: image[key] for key in ("cocoid", "imgid") if key in image}
-        found.rows.append(Row(name, _sentences(image, where), split, record))
+        found.rows.append(Row(name, _sentences(image, where), split, where, record))
     if rest["restval"] and options.restval != "restval":
         found.notes.append(f"restval: {rest['restval']:,} images go into {options.restval} (--restval NAME: elsewhere)")
     return found

@@ -27,7 +27,7 @@ def read_table(source: Path, options: RowOptions) -> Found:
         split_at = _column(source, names, "split", options.split_column, ("split",))
 
     found = Found()
-    rows: dict[str, tuple[Row, int]] = {}  # and the line that it begins in
+    rows: dict[tuple[str, str], Row] = {}
     for number, line in lines:
         where = f"{source}, line {number}"
         if len(line) != len(names):
@@ -40,17 +40,12 @@ def read_table(source: Path, options: RowOptions) -> Found:
         image = image_name(name, options.images, where)
         split = line[split_at].strip() if split_at is not None else ""
         split = checked_split(split or options.default_split, where)
-        row, first = rows.setdefault(image, (Row(image, [], split), number))
-        if row.split != split:
-            raise DataError(
-                f"{where}: {image} is in split {split}, and in {row.split} by line {first}. An image must be in one "
-                "split alone: else it would be trained on and tested with."
-            )
+        row = rows.setdefault((image, split), Row(image, [], split, where))
         if line[caption_at].strip():
             row.captions.append(line[caption_at])
         else:
             found.left_out.append((image, f"blank caption: line {number}"))
-    found.rows = [row for row, _ in rows.values()]
+    found.rows = list(rows.values())
     return found
 
 

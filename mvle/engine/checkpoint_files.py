@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,7 @@ def publish(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
     """Give a folder that holds all tensors its meta.json (facts, and how its files must be), its name, and `latest`."""
     facts["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
     facts["metadata_crc32"] = zlib.crc32((temporary / ".metadata").read_bytes())
+    facts["id"] = uuid.uuid4().hex  # of this save alone: figures name it, so that they are not taken for another's
     write_text(temporary / "meta.json", json.dumps(facts, indent=1) + "\n")
     _sync(temporary)
     aside = final.with_name(f".{final.name}.old")

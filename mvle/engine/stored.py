@@ -6,6 +6,7 @@ same form as that of a checkpoint. Nothing here builds a model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,15 @@ class Stored:
         """Optimizer steps that the weights have seen."""
         return int(self.meta["step"])
 
+    @property
+    def identity(self) -> str:
+        """Which save these weights are of, and which of its weights: equal in copies and exports, another after
+        training again to the same step."""
+        saved = self.meta.get("id")
+        if saved is None:  # written before saves had one
+            saved = hashlib.blake2b((self.checkpoint / "meta.json").read_bytes(), digest_size=16).hexdigest()
+        return f"{saved}/{self.weights}"
+
     def __str__(self) -> str:
         which = "EMA of the weights" if self.weights == "ema" else "weights as trained"
         return f"{self.folder} at step {self.step} ({which})"
@@ -57,16 +67,28 @@ class Stored:
         """Every parameter by its name, on the CPU. Raises CheckpointError where they are damaged."""
         from .checkpoint_tensors import read_weights
 
-        return read_file(self.checkpoint / MODEL_FILE) if self.exported else read_weights(self.checkpoint, self.weights)
+        return self._exported_tensors() if self.exported else read_weights(self.checkpoint, self.weights)
 
     def fill(self, model: nn.Module) -> None:
         """Load into a model of the same shape. Raises CheckpointError where it is another, or the file is damaged."""
         from .checkpoint_tensors import fill, load_weights
 
         if self.exported:
-            fill(self.checkpoint / MODEL_FILE, read_file(self.checkpoint / MODEL_FILE), model)
+            fill(self.checkpoint / MODEL_FILE, self._exported_tensors(), model)
         else:
             load_weights(self.checkpoint, model, self.weights)
+
+    def _exported_tensors(self) -> dict[str, Tensor]:
+        file, wanted = self.checkpoint / MODEL_FILE, self.meta.get("sha256", {}).get(MODEL_FILE)
+        if wanted is not None and (found := sha256(file)) != wanted:
+            raise CheckpointError(f"{file} is damaged: its SHA-256 must be {wanted}; got {found}. Copy it again.")
+        return read_file(file)
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content, as hex. About 1 GiB/s."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def find_stored(folder: str | Path, step: int | Literal["best"] | None = None, weights: Weights = "auto") -> Stored:

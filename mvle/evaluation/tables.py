@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 DIRECTIONS = {"image_to_text": "image to caption", "text_to_image": "caption to image"}
+PARTS = {"retrieval": ("retrieval", "itm"), "conditional": ("conditional",)}  # what -> keys of evaluation.json
 Rows = list[list[str]]
 
 

@@ -6,12 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..evaluation.tables import Rows, matching_rows, number, pixel_rows, retrieval_rows, word_rows
+from ..evaluation.tables import (
+    PARTS,
+    Rows,
+    likelihood_rows,
+    matching_rows,
+    number,
+    pixel_rows,
+    retrieval_rows,
+    word_rows,
+)
 
 if TYPE_CHECKING:
+    from ..config import Config
     from ..inference import OpenedRun
 
-EVALUATE = "python -m mvle.evaluate all"
+EVALUATE = "python -m mvle.evaluate"
 HEAD = """\
 ---
 library_name: mvle
@@ -86,7 +96,7 @@ def facts(run: OpenedRun) -> Rows:
         ["weights", "EMA of the weights" if run.weights == "ema" else "as trained"],
         ["step", f"{run.step:,} of {config.schedule.steps:,}"],
         ["pairs seen", f"{meta.get('pairs_seen', run.step * config.batch.total):,}"],
-        ["trained on", f"{' '.join(config.data.train or ())}, fingerprint {fingerprint(meta)}"],
+        ["trained on", f"{trained_on(config)}; fingerprint {fingerprint(meta)}"],
         ["first weights", first],
         ["images", f"{image.size} px, patches of {image.patch}, mean {list(image.mean)}, std {list(image.std)}"],
         ["captions", f"at most {text.max_tokens} tokens of {run.tokenizer.vocabulary:,}"],
@@ -101,6 +111,16 @@ def facts(run: OpenedRun) -> Rows:
     return rows
 
 
+def trained_on(config: Config) -> str:
+    """The shards of each source, its weight, and which share of the images."""
+    said = []
+    for name, source in config.data.sources("train").items():
+        weight = "" if source.weight is None else f" (weight {source.weight:g})"
+        said.append(f"{name}{weight}: {' '.join(source.shards)}" if name else " ".join(source.shards))
+    share = config.data.fraction
+    return "; ".join(said) + (f"; data.fraction {share:g} of the images" if share < 1 else "")
+
+
 def fingerprint(meta: Mapping[str, Any]) -> str:
     """Of the data, as the checkpoint has it."""
     return str(meta.get("fingerprints", {}).get("data", "not stored"))[:12]
@@ -110,15 +130,17 @@ def figures_of(figures: Mapping[str, Any], validation: Mapping[str, Any]) -> lis
     """Every figure that is known of these weights, as tables; or that none is."""
     parts = []
     if figures:
+        ran = [what for what, keys in PARTS.items() if keys[0] in figures]
+        what = ran[0] if len(ran) == 1 else "all"
         parts.append(
-            f"`{EVALUATE}` on {figures['pairs']:,} images of {' '.join(figures['data'])}, captions: "
+            f"`{EVALUATE} {what}` on {figures['pairs']:,} images of {' '.join(figures['data'])}, captions: "
             f"{figures['captions']} for retrieval, the first one elsewhere.\n"
         )
         parts += [markdown(rows) for rows in evaluation_rows(figures)]
     if validation:
         rows = [[k, number(v, 4)] for k, v in validation.items() if k not in ("step", "kind")]
         parts += [f"Validation while training, after step {validation['step']:,}:\n", markdown([["", ""], *rows])]
-    return parts or [f"None were measured of these weights. `{EVALUATE} RUN` measures them; export again then.\n"]
+    return parts or [f"None were measured of these weights. `{EVALUATE} all RUN` measures them; export again then.\n"]
 
 
 def evaluation_rows(figures: Mapping[str, Any]) -> list[Rows]:
@@ -133,6 +155,8 @@ def evaluation_rows(figures: Mapping[str, Any]) -> list[Rows]:
         tables.append(word_rows(conditional["mlm"]))
     if "mim" in conditional:
         tables.append(pixel_rows(conditional["mim"]))
+    if likelihoods := likelihood_rows(conditional):
+        tables.append(likelihoods)
     return tables
 
 

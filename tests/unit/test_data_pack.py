@@ -151,3 +151,23 @@ def test_an_image_outside_the_folder_is_refused_by_line(tmp_path: Path, name: st
 
     with pytest.raises(DataError, match="line 1: an image must lie under --images"):
         packed(tmp_path)
+
+
+def test_an_image_in_two_splits_is_refused_by_both_places_in_every_form(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    rows = [
+        {"image": name, "captions": ["a"], "split": split} for name, split in (("a.jpg", "train"), ("./a.jpg", "val"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    listed = [{"filename": r["image"], "split": r["split"], "sentences": [{"raw": "a"}]} for r in rows]
+    (tmp_path / "rows.json").write_text(json.dumps({"images": listed}))
+    (tmp_path / "rows.csv").write_text("image,caption,split\na.jpg,a,train\n./a.jpg,a,val\n")
+
+    for form, file, here, there in (
+        ("jsonl", "rows.jsonl", "line 2", "line 1"),
+        ("karpathy", "rows.json", r"images\[1\]", r"images\[0\]"),
+        ("csv", "rows.csv", "line 3", "line 2"),
+    ):
+        with pytest.raises(DataError, match=f"{here}: a.jpg is in split val, and in train by .*{there}. An image must"):
+            pack(form, tmp_path / file, RowOptions(tmp_path / "images"), tmp_path / "out")
+        assert not (tmp_path / "out").exists()

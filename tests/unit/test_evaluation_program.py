@@ -20,7 +20,7 @@ def run(tmp_path):
 def test_all_writes_the_results_file_and_prints_tables(run, capsys):
     assert evaluate.main(["all", str(run.path)]) == 0
     found = json.loads(run.evaluation.read_text())
-    header = {"data", "pairs", "captions", "step", "fingerprint", "weights"}
+    header = {"data", "pairs", "captions", "step", "checkpoint", "fingerprint", "weights"}
     assert set(found) == header | {"retrieval", "itm", "conditional"}
     assert found["retrieval"]["k"] == 5 and found["step"] == 3 and found["pairs"] == 12
     assert set(found["itm"]) == {"balanced_accuracy_random", "balanced_accuracy_hard"}
@@ -84,6 +84,26 @@ def test_retrieval_of_a_run_without_contrast_is_refused_naming_the_key(tmp_path,
     run = small_run(tmp_path / "run", objectives={"itc": {"weight": 0}, "itm": {"group": 4}})
     assert evaluate.main(["retrieval", str(run.path)]) == 2
     assert "objectives.itc.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "off, parts, skipped",
+    [
+        (["itc"], {"conditional"}, "retrieval: skipped, since it needs a run that was trained with objectives.itc."),
+        (["mlm", "mim"], {"retrieval", "itm"}, "conditional: skipped, since it needs a run that was trained with"),
+        (["mlm"], {"retrieval", "itm", "conditional"}, ""),
+        (["mim", "itm"], {"retrieval", "conditional"}, ""),
+    ],
+)
+def test_all_evaluates_what_was_trained_and_says_what_was_not(off, parts, skipped, tmp_path, capsys):
+    weights = {"itm": {"group": 4}}
+    for name in off:
+        weights[name] = {**weights.get(name, {}), "weight": 0}
+    run = small_run(tmp_path / "run", objectives=weights)
+    assert evaluate.main(["all", str(run.path)]) == 0
+    assert set(json.loads(run.evaluation.read_text())) & {"retrieval", "itm", "conditional"} == parts
+    out = capsys.readouterr().out
+    assert skipped in out if skipped else "skipped" not in out
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,7 @@ def test_keys_within_urls_reach_neither_an_export_nor_the_report(run: RunFolder,
     values["data"] |= {"train": {"coco": {"shards": [url], "weight": 1.0}}, "test": [url]}
     secret.config.write_text(Config.from_dict(values).to_yaml())
     found = {"pairs": 3, "data": [url], "captions": "first", "step": 5, "weights": "ema"}
+    found["checkpoint"] = open_run(run.path).identity
     secret.evaluation.write_text(json.dumps(found))
 
     made = export.export(open_run(secret.path), tmp_path / "export")
@@ -251,8 +252,16 @@ def test_an_export_that_is_not_whole_is_refused_with_the_file(folder: Path, tmp_
     def garbage(path: Path) -> None:
         path.write_bytes(b"\xff" * path.stat().st_size)
 
-    with pytest.raises(CheckpointError, match="model.safetensors is damaged or no safetensors file"):
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged: its SHA-256 must be"):
         open_run(spoil("model.safetensors", garbage))
+
+    def one_bit(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1  # the last weight: still a file of its form
+        path.write_bytes(content)
+
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged: its SHA-256 must be"):
+        open_run(spoil("model.safetensors", one_bit))
     with pytest.raises(RunError, match="must be the folder of a run or of an export, with its config.yaml"):
         open_run(spoil("config.yaml", Path.unlink))
     (tmp_path / "x" / "README.md").write_text("a card may be edited")
@@ -317,10 +326,26 @@ def test_a_card_has_the_figures_of_exactly_these_weights(run: RunFolder, tmp_pat
         first = figures["retrieval"]["itc"]["image_to_text"]
         row = f"| image to caption, by similarity | {first['r1']:.3f} | {first['r5']:.3f} | {first['r10']:.3f} |"
         assert (row in text) == known and (target / "evaluation.json").exists() == known
-        assert ("| masked words |" in text, "| masked pixels," in text, "| true pair or not |" in text) == (known,) * 3
+        tables = "| masked words |", "| masked pixels,", "| true pair or not |", "| -log p, nats |"
+        assert [table in text for table in tables] == [known] * 4
+        assert ("`python -m mvle.evaluate all` on" in text) == known
     assert "Validation while training, after step 5" in (tmp_path / "model" / "README.md").read_text()
     assert "| val_loss | 1.2500 |" in (tmp_path / "model" / "README.md").read_text()
     assert "val_loss" not in (tmp_path / "ema" / "README.md").read_text(), "the run validates what it trains"
+
+
+def test_a_card_names_what_ran_and_what_the_model_was_trained_on(run: RunFolder, tmp_path: Path) -> None:
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    assert evaluate.main(["conditional", str(copy.path), "--data", str(run.path.parent / "pairs.tar")]) == 0
+    values = open_run(copy.path).config.to_dict()
+    sources = {"coco": {"shards": ["c-{0..9}.tar", "d.tar"], "weight": 1.0}, "web": {"shards": ["w.tar"], "weight": 3}}
+    values["data"] |= {"train": sources, "fraction": 0.25}
+    copy.config.write_text(Config.from_dict(values).to_yaml())
+
+    text = (export.export(open_run(copy.path), tmp_path / "export") / "README.md").read_text()
+
+    assert "coco (weight 1): c-{0..9}.tar d.tar; web (weight 3): w.tar; data.fraction 0.25 of the images;" in text
+    assert "`python -m mvle.evaluate conditional` on" in text and "evaluate all" not in text
 
 
 def test_an_export_can_be_evaluated_and_reported_as_a_run(folder: Path, run: RunFolder, tmp_path: Path) -> None:

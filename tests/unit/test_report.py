@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mvle import evaluate, report
+from mvle.inference import open_run
 from mvle.reporting.curves import Line, chart, ticks
 from mvle.reporting.gather import Filled, Found, Gathered, Piece, Rebuilt
 from mvle.reporting.page import page
@@ -50,12 +52,21 @@ def test_a_sheet_of_rebuilt_pictures_lies_beside_it(made):
         assert sheet.width == 8 + 5 * 120 and sheet.height > 3 * 112
 
 
-def test_figures_of_another_step_are_not_shown(made, capsys):
-    found = json.loads(made.evaluation.read_text())
-    made.evaluation.write_text(json.dumps({**found, "step": 99}))
+def test_figures_of_other_weights_are_not_shown(tmp_path, capsys):
+    made = small_run(tmp_path / "run")
+    assert evaluate.main(["conditional", str(made.path)]) == 0
+    assert report.figures(open_run(made.path))
+    shutil.copytree(made.path, tmp_path / "copy")
+    assert report.figures(open_run(tmp_path / "copy")), "a copy holds the same weights"
+
+    shutil.rmtree(made.checkpoints)  # and trained again, to the same step, by the same config
+    small_run(tmp_path / "run")
+    assert report.figures(open_run(made.path)) == {}
     assert report.main([str(made.path), "--rows", "1"]) == 0
     assert "Not evaluated yet" in made.report.read_text()
     assert str(made.report) in capsys.readouterr().out
+    assert evaluate.main(["conditional", str(made.path)]) == 0
+    assert list(made.path.glob("evaluation.step_3.*.json")), "the figures of before are kept aside"
 
 
 def test_captions_cannot_break_the_page():
