@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mvle_kernels import (
     patchify,
     use_backend,
 )
+from mvle_kernels.recipes import RECIPES
 from torch import Tensor
 
 from .compare import forget_lengths, layout
@@ -149,13 +151,24 @@ def test_wide_rows_and_many_images() -> None:
     assert_equals_reference(views(masks(3, many), ["replace"]), leaves(70, 3, 5))
 
 
-def test_many_chunks_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_chunks_of_images_each_taken_in_several_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     for file in ("views_triton", "insert_triton"):
-        monkeypatch.setattr(f"mvle_kernels.{file}.CHUNK", 8)
-    counts = [b % 4 for b in range(37)]  # four chunks of 8 images and a bit
-    assert_equals_reference(views(masks(3, counts), ["clean", "replace"]), leaves(37, 3, 5))
+        monkeypatch.setattr(f"mvle_kernels.{file}.CHUNK", 16)
+    counts = [b % 4 for b in range(45)]  # two chunks of 16 images, which are two turns of 8, and one of 13
+    assert_equals_reference(views(masks(3, counts), ["clean", "replace"]), leaves(45, 3, 5))
     run, total = insertion(masks(3, counts))
     assert_equals_reference(run, [numbers(total, 5), numbers(5, seed=1), numbers(4, 5, seed=2)])
+
+
+def test_lists_of_patches_as_long_as_those_of_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in ("views_triton", "insert_triton"):  # backwards of another test: as few turns as can be
+        monkeypatch.setattr(f"mvle_kernels.{file}.CHUNK", 8)
+    patches = RECIPES["base"].patches
+    assert patches > 3 * import_module("mvle_kernels.views_triton").rule(4)["BLOCK_N"], "a list is read in four turns"
+    pair = masks(patches, [patches, RECIPES["base"].masked])  # all of an image, and what base masks
+    assert_equals_reference(views(pair, ["replace", pair[1]]), leaves(2, patches, 4))
+    run, total = insertion(pair)
+    assert_equals_reference(run, [numbers(total, 4), numbers(4, seed=1), numbers(patches + 1, 4, seed=2)])
 
 
 def test_views_of_strided_rows() -> None:
