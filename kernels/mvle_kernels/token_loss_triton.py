@@ -15,8 +15,8 @@ Exact    logits are rounded to the dtype of the rows, bias included; all else of
          chunks and gradients that come out in float32 are float32 throughout; a dW of 16 bits is rounded once. A row is
          one program's, rows are added by torch in a fixed order: bitwise repeatable. Words of the padded tail are
          never read and never learn; a row without a target is zero. Logits that are not finite make loss and gradient
-         so, as in the reference; a target that names no word makes the loss not a number, if it fits 32 bits.
-Limits   first derivatives only; W and its padded tail finite (0 times infinity is not a number); targets fit 32 bits.
+         so, as in the reference; a target that names no word, whatever it is, makes the loss not a number.
+Limits   first derivatives only; W and its padded tail finite (0 times infinity is not a number).
 Measured not yet measured on a GPU
 """
 
@@ -108,11 +108,11 @@ def token_loss_kernel(
     """One row of logits: its loss, the rank of its target and, in its place, its gradient."""
     WHOLE: tl.constexpr = V // BLOCK * BLOCK  # columns in blocks of words alone: nothing there asks for masks
     r = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + r).to(tl.int32)
+    given = tl.load(targets + r).to(tl.int64)  # wide: a number of 64 bits is no word whose lower half it has
     logits += r * stride_r
     column = tl.arange(0, BLOCK)
 
-    if target == ignore:
+    if given == ignore:
         tl.store(partial + r, 0.0)
         tl.store(ranks + r, -1)
         if SLOPE:
@@ -120,7 +120,8 @@ def token_loss_kernel(
             for start in range(0, C, BLOCK):
                 tl.store(logits + start + column, zero, mask=start + column < C)
     else:
-        named = (target >= 0) & (target < V)
+        named = (given >= 0) & (given < V)
+        target = tl.where(named, given, -1).to(tl.int32)
         own = tl.load(logits + target, mask=named, other=float("nan")).to(tl.float32)
 
         highest = LOWEST

@@ -171,9 +171,9 @@ def test_words_that_a_bias_forbids_have_no_mass() -> None:
 
 @in_both_ways
 def test_a_target_that_names_no_word_is_not_overlooked() -> None:
-    for wrong in (42, 44, 45, 1000, -2):
-        value, _, correct, ranks, *_ = run(case(), [wrong] * 7)
-        assert value.isnan() and correct == 0 and ranks.eq(42).all()
+    for wrong in (42, 44, 45, 1000, -2, 2**32 + 5, 2**32 - 1, -(2**32)):  # of some the lower 32 bits are a word, or -1
+        value, count, correct, ranks, *_ = run(case(), [wrong] * 7)
+        assert value.isnan() and count == 7 and correct == 0 and ranks.eq(42).all()
 
 
 # ---- the kernel alone -----------------------------------------------------------------------------------------------
