@@ -2,10 +2,10 @@
 
 An op is a name and an ordered list of backends; a backend is a function, a `refuse(*args)` that returns why it cannot
 take these arguments, or None, and an `unasked(*args)`: why it does not take them of itself, though it could. The first
-with neither is chosen. A demand comes before the choice, in this order: `set_backend` (a config key), the environment
-variable MVLE_BACKEND, the dispatcher. A demand is "triton", for every op that has such a backend, or
-"ragged_attention=dense,patchify=triton", for those alone; "triton|dense" takes the first of them that can. One that
-cannot be met is an error, never a silent fallback.
+with neither is chosen. A demand comes before the choice, for each op in this order: `set_backend` (a config key), the
+environment variable MVLE_BACKEND, the dispatcher. A demand is "triton", for every op that has such a backend, or
+"ragged_attention=dense,patchify=triton", for those alone: of another op the next in order is asked. "triton|dense"
+takes the first of them that can. A demand that cannot be met is an error, never a silent fallback.
 """
 
 from __future__ import annotations
@@ -120,13 +120,17 @@ def read_demand(text: str | None, source: str) -> Demand:
 
 
 def demanded(op: str, backends: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """The backends demanded of an op, and by whom (a config key, or the environment); ((), "") if nobody did, or if
-    what every op should take is something that this one does not have."""
-    demand, source = _demanded, "kernels.backend"
-    if not demand and (text := os.environ.get("MVLE_BACKEND")):
-        demand, source = read_demand(text, "MVLE_BACKEND"), "MVLE_BACKEND"
-    names = tuple(name for name in demand.get(op, demand.get(EVERY, ())) if name in backends)
-    return (names, source) if names else ((), "")
+    """The backends demanded of an op, and by whom (a config key, or the environment where that says nothing of this
+    op); ((), "") if nobody did. What every op should take and this one does not have says nothing of it."""
+
+    def of(demand: Demand) -> tuple[str, ...]:
+        return tuple(name for name in demand.get(op, demand.get(EVERY, ())) if name in backends)
+
+    if names := of(_demanded):
+        return names, "kernels.backend"
+    if names := of(read_demand(os.environ.get("MVLE_BACKEND"), "MVLE_BACKEND")):
+        return names, "MVLE_BACKEND"
+    return (), ""
 
 
 def set_backend(name: str | None) -> None:

@@ -62,6 +62,23 @@ def test_a_config_key_comes_before_the_environment_and_that_before_the_choice(
     assert "dense chosen: equal lengths as one batch" in explain(*call)
 
 
+def test_a_config_key_wins_for_the_ops_that_it_names_and_leaves_the_others_to_the_environment(
+    toy: Op, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = (ragged_attention, *[random(2, 1, 4)] * 3, layout_plan(layout([2])))
+    monkeypatch.setenv("MVLE_BACKEND", "toy=spare,ragged_attention=reference")
+    with use_backend("ragged_attention=dense"):
+        assert "dense chosen: kernels.backend demands it" in explain(*call)
+        assert toy(1) == "spare" and "MVLE_BACKEND demands spare" in explain("toy")
+    with use_backend("toy=plain"):
+        assert "reference chosen: MVLE_BACKEND demands it" in explain(*call) and toy(1) == "plain"
+    monkeypatch.setenv("MVLE_BACKEND", "reference|spare")
+    with use_backend("plain"):  # of all ops that have it: attention does not
+        assert toy(1) == "plain" and "reference chosen: MVLE_BACKEND demands it" in explain(*call)
+    with use_backend("ragged_attention=dense"):
+        assert toy(1) == "spare" and "dense chosen: kernels.backend demands it" in explain(*call)
+
+
 def layout_plan(q: object) -> object:
     from mvle_kernels import attention_plan
 
