@@ -124,14 +124,11 @@ def attention_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of one head of one query sequence; the last programs zero the tails of out and lse."""
+    """One tile of one head of one query sequence; the last programs zero the tail of out."""
     program = tl.program_id(0)
     work = sequences * H * tiles
     if program >= work:
-        tail = tl.load(q_offsets + sequences)
-        zero_tail(out, tail, q_rows, H * E, program - work, fill, FILL)
-        for h in range(H):
-            zero_tail(lse + h * q_rows.to(tl.int64), tail, q_rows, 1, program - work, fill, FILL)
+        zero_tail(out, tl.load(q_offsets + sequences), q_rows, H * E, program - work, fill, FILL)
         return
     tile, head, s = program % tiles, (program // tiles) % H, program // (tiles * H)
     if ORDERED:  # readers of one context follow one another, so that it comes out of the cache
@@ -207,7 +204,8 @@ def forward(
     max_q: int,
     max_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """(out [T_q, H, E], lse float32 [H, T_q]). readers: for the backward; here their order alone, if it is there."""
+    """(out [T_q, H, E], lse float32 [H, T_q]). readers: for the backward; here their order alone, if it is there. The
+    tail of lse is left as it was allocated: a backward reads rows of sequences alone."""
     T, H, E = q.shape
     out, lse = allocate((T, H, E), q.dtype, q.device), allocate((H, T), torch.float32, q.device)
     bucket = {"q": power_of_2(max_q, 16), "k": power_of_2(max_k, 16), "e": power_of_2(E, 16)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mvle.data.batch import Batch
 from mvle.engine.build import build
 from mvle.engine.parallel import Parallel
 from mvle.engine.train_step import StepResult, TrainStep
+from mvle.model.step import Choices
 
 from ..distributed.ranks import run_ranks
 from ..kernels.triton_checks import needs_triton
@@ -34,13 +36,30 @@ def batches(steps: int, made_for: Config) -> list[Batch]:
     return [make_batch(made_for, WORDS, shapes_lengths(PAIRS, seed), seed) for seed in range(steps)]
 
 
-def run(backend: str, mode: str, steps: int, parallel: Parallel) -> tuple[list[StepResult], dict[str, Tensor]]:
-    """What each step left, and the weights after the last. A rank takes its own share of the pairs."""
+def drawn(choices: Choices) -> list[Tensor]:
+    """The masks of a step as tensors: patches, words and what stood there, rows and offsets."""
+    whole = [choices.keep, choices.masked, choices.tokens, choices.positions, choices.read]
+    assert choices.targets is not None and all(part is not None for part in whole)
+    return [choices.targets, *(t for part in whole if part is not None for t in (part.rows, part.offsets))]
+
+
+Run = tuple[list[StepResult], list[list[Tensor]], dict[str, Tensor]]
+
+
+def run(backend: str, mode: str, steps: int, parallel: Parallel) -> Run:
+    """What each step left, its masks, and the weights after the last. A rank takes its own share of the pairs."""
     made_for = config(mode, steps)
     torch.manual_seed(0)
     built = build(made_for, parallel, WORDS, MASK)
     step = TrainStep(made_for, parallel, check_ranks(made_for, parallel.ranks), built)
-    share = PAIRS // parallel.ranks
+    share, masks, choose = PAIRS // parallel.ranks, list[list[Tensor]](), built.model.choose
+
+    def recorded(*arguments: Any) -> Choices:
+        found = choose(*arguments)
+        masks.append(drawn(found))
+        return found
+
+    built.model.choose = recorded  # type: ignore[method-assign]
     set_backend(backend)
     try:
         results = [
@@ -52,12 +71,15 @@ def run(backend: str, mode: str, steps: int, parallel: Parallel) -> tuple[list[S
     whole = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in built.model.named_parameters()
     }
-    return results, whole
+    return results, masks, whole
 
 
 def assert_same_run(mode: str, steps: int, parallel: Parallel) -> None:
-    got, got_weights = run("triton", mode, steps, parallel)
-    expected, weights = run("dense", mode, steps, parallel)
+    got, got_masks, got_weights = run("triton", mode, steps, parallel)
+    expected, masks, weights = run("dense", mode, steps, parallel)
+    assert len(got_masks) == len(masks) == steps
+    for drawn_by_one, by_other in zip(got_masks, masks, strict=True):
+        assert all(map(torch.equal, drawn_by_one, by_other))
     for one, other in zip(got, expected, strict=True):
         for name, value in other.sums.items():
             torch.testing.assert_close(one.sums[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -69,7 +91,7 @@ def assert_same_run(mode: str, steps: int, parallel: Parallel) -> None:
 
 
 @pytest.mark.parametrize("mode", ["replace", "drop"])
-def test_three_steps_of_tiny_have_the_same_losses(mode: str) -> None:
+def test_three_steps_of_tiny_have_the_same_masks_and_losses(mode: str) -> None:
     assert_same_run(mode, 3, Parallel(0, 1, torch.device("cpu")))
 
 

@@ -24,6 +24,7 @@ from .triton_checks import (
     far_apart,
     gradients,
     guarded,
+    guards,
     needs_triton,
     strided,
 )
@@ -260,6 +261,20 @@ def test_a_sequence_that_is_not_finite_reaches_no_other(
         one = broken if of is ends[0] else context
         others = torch.tensor([not of[one] <= row < of[one + 1] for row in range(len(got))])
         assert torch.equal(got[others], expected[others])
+
+
+def test_nobody_writes_or_reads_the_sums_of_a_tail() -> None:
+    from mvle_kernels.attention_backward_triton import backward
+    from mvle_kernels.attention_triton import forward
+
+    plan = plan_of([3, 1], [4, 2], tail=3)
+    q, k, v = values(plan)
+    ends = plan.q.offsets, plan.k.offsets, None, None, 3, 4
+    with guards():  # memory is not a number where nobody writes
+        out, lse = forward(q, k, v, *ends)
+        found = backward(q + 1, q, k, v, out, lse, *ends)
+    assert lse[:, 4:].isnan().all() and lse[:, :4].isfinite().all()
+    assert not out[4:].any() and all(bool(g.isfinite().all()) for g in found)
 
 
 def test_an_empty_context_gives_zeros_whatever_the_query() -> None:
