@@ -71,7 +71,7 @@ def zero_tail(x, first, rows, width, program, programs, FILL: tl.constexpr):
     """Zero rows first .. rows of x [rows, width], which is dense: one program's share of it."""
     end = rows.to(tl.int64) * width
     for at in range(first.to(tl.int64) * width + program * FILL, end, programs * FILL):
-        place = at + tl.arange(0, FILL)
+        place = at + tl.arange(0, FILL).to(tl.int64)
         tl.store(x + place, tl.zeros([FILL], x.dtype.element_ty), mask=place < end)
 
 

@@ -235,6 +235,34 @@ def test_offsets_of_more_than_32_bits(far: int, tiles: int | None, monkeypatch: 
     assert_equals_reference(attend(plan), inputs)
 
 
+@pytest.mark.parametrize("tiles", [None, 16])
+@pytest.mark.parametrize("far", [0, 1, 2])
+def test_heads_that_lie_far_apart(far: int, tiles: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if tiles:
+        set_tiles(monkeypatch)
+    plan = plan_of([2, 3], [20, 3]) if tiles else plan_of([2, 3], [4, 3])
+    inputs = values(plan, dtype=torch.bfloat16, heads=3)
+    inputs[far] = far_apart(inputs[far].transpose(0, 1)).transpose(0, 1)
+    assert_equals_reference(attend(plan), inputs)
+
+
+@pytest.mark.parametrize("tiles", [None, 16])
+@pytest.mark.parametrize("axis", [0, 1])  # rows, and heads
+def test_a_gradient_that_lies_far_apart(axis: int, tiles: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mvle_kernels.attention_backward_triton import backward
+    from mvle_kernels.attention_triton import forward
+
+    if tiles:
+        set_tiles(monkeypatch)
+    plan = plan_of([3], [20] if tiles else [4])
+    q, k, v = values(plan, dtype=torch.bfloat16, heads=3)
+    ends = plan.q.offsets, plan.k.offsets, None, None, 3, 20 if tiles else 4
+    out, lse = forward(q, k, v, *ends)
+    gradient = far_apart((q + 1).transpose(0, axis)).transpose(0, axis)
+    found, expected = (backward(g, q, k, v, out, lse, *ends) for g in (gradient, q + 1))
+    assert all(map(torch.equal, found, expected)) and all(x.any() for x in found)
+
+
 # ---- what is not a number stays where it is -------------------------------------------------------------------------
 
 

@@ -6,9 +6,11 @@ outside and what is not written inside both show. `guarded(x)` is an input with 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 # relative to the largest value of a tensor: a few roundings of the dtype that it is stored in. The interpreter cuts
 # bfloat16 where a GPU rounds it
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+
+NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's, which Python names from 3.13 on
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -68,15 +72,38 @@ def strided(x: Tensor) -> Tensor:
     return whole[:, 1]
 
 
+def vast(shape: Sequence[int], dtype: torch.dtype, device: torch.device = DEVICE) -> Tensor:
+    """A dense tensor of any size. On a CPU its memory exists where it is touched, so no machine has to have it, and as
+    much lies before it: where 32 bits miscount an offset, a kernel misses inside of the process, and a test fails."""
+    if device.type == "cuda":
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    size = int(torch.Size(shape).numel())
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    memory = mmap.mmap(-1, (2**31 + size + BAND) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype, offset=2**31 * dtype.itemsize)[:size].view(tuple(shape))
+
+
 def far_apart(x: Tensor) -> Tensor:
     """The same three rows, each 2^30 elements and more behind the one before: a stride fits into 32 bits, twice it does
-    not. The memory between them is never touched, so no machine has to have it. Elements of 1 or 2 bytes."""
-    assert len(x) == 3 and x.element_size() <= 2, "this would ask for more memory than a system promises"
+    not."""
+    assert len(x) == 3
     apart = 2**30 + 2**20
-    whole = torch.empty(2 * apart + x[0].numel(), dtype=x.dtype, device=x.device)
+    whole = vast((2 * apart + x[0].numel(),), x.dtype, x.device)
     rows = whole.as_strided(x.shape, (apart, *x[0].contiguous().stride()))
     rows.copy_(x)
     return rows
+
+
+@contextmanager
+def last_programs(of: int, programs: int) -> Iterator[None]:
+    """The interpreter numbers programs of a grid's first axis as the last ones of `of`: what nobody could wait for."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    def place(x: int, y: int, z: int) -> None:
+        builder.grid_idx = (of - programs + x, y, z)
+
+    with mock.patch.object(builder, "set_grid_idx", place):
+        yield
 
 
 def gradients(
