@@ -185,9 +185,10 @@ def attention_kernel(
     mask = (row < q_length)[:, None]
     if not EVEN:
         mask = mask & (e < E)[None, :]
+    # lse first: behind the other store Triton 3.6 spills for sm_80
+    tl.store(lse + head * q_rows + place, m + tl.log2(l), mask=row < q_length)
     o = (o / l[:, None]).to(out.dtype.element_ty)
     tl.store(out + place[:, None] * (H * E) + head * E + e[None, :], o, mask=mask)
-    tl.store(lse + head * q_rows + place, m + tl.log2(l), mask=row < q_length)
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def insert_kernel(
             before += tl.sum((at[None, :] < p[:, None]).to(tl.int32), 1)
             here += tl.sum((at[None, :] == p[:, None]).to(tl.int32), 1)
         row = tl.where(here > 0, -1, tl.load(starts + b).to(tl.int32) + p - before)
-        tl.store(place + b.to(tl.int64) * P + p, row, mask=real)
+        tl.store(place + b * P + p, row, mask=real)
         read = row.to(tl.int64)[:, None] * stride_t
         write = (b.to(tl.int64) * P + p)[:, None] * D
         for start in range(0, D, BLOCK_D):

@@ -108,7 +108,7 @@ def token_loss_kernel(
     """One row of logits: its loss, the rank of its target and, in its place, its gradient."""
     WHOLE: tl.constexpr = V // BLOCK * BLOCK  # columns in blocks of words alone: nothing there asks for masks
     r = tl.program_id(0).to(tl.int64)
-    given = tl.load(targets + r).to(tl.int64)  # wide: a number of 64 bits is no word whose lower half it has
+    given = tl.load(targets + r)  # compared as wide as it is: its lower half may be a word that it is not
     logits += r * stride_r
     column = tl.arange(0, BLOCK)
 

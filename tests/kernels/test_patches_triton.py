@@ -189,6 +189,9 @@ def test_offsets_of_more_than_32_bits_in_views() -> None:
     pair = masks(2, [1, 2, 0])
     assert_equals_reference(views(pair, ["clean", "replace"]), [far_apart(given[0]), *given[1:]])
     assert_equals_reference(views(pair, ["clean"]), [given[0], far_apart(given[1]), *given[2:]])
+    x, positions, *tokens = leaves(2, 3, 4, torch.bfloat16)
+    x = far_apart(x.transpose(0, 1)).transpose(0, 1)  # patches of an image
+    assert_equals_reference(views(masks(3, [1, 2]), ["clean", "replace"]), [x, positions, *tokens])
     place = torch.tensor([[[2, 0, 1]]], dtype=torch.int32, device=DEVICE)
     gradient = numbers(3, 4, dtype=torch.bfloat16)
     of_x, of_positions, _ = backward(far_apart(gradient), place, False, torch.bfloat16)

@@ -154,6 +154,26 @@ def test_views_of_so_many_images() -> None:
     assert place[0, -1].tolist() == [*range(B * P - P, B * P)] and place[1, -1, 2] == -2 - (end - P + 2)
 
 
+def test_places_in_two_short_views_of_so_many_images() -> None:
+    from mvle_kernels.views_triton import SUBSET, forward
+
+    needs(50)
+    images, width = 2**27, 16  # of which a view shows the class token alone: few rows, but places for every patch
+    shown, ends = ints([1, 5]), torch.zeros(images + 1, dtype=torch.int32, device=DEVICE)
+    ends[-1] = 2  # both of the last image
+
+    def launched(x: Tensor, positions: Tensor, shown: Tensor, ends: Tensor) -> None:
+        firsts = [0, images + 2, 2 * (images + 2)]
+        forward(x, positions, positions[0], positions[0], [shown, ends] * 2, [SUBSET] * 2, firsts, firsts[-1])
+
+    x, positions = filled(images, N, width), torch.zeros(P, width, dtype=KIND, device=DEVICE)
+    found = run(launched, x, positions, shown, ends, programs=5)
+    place, rows = found["place"], found["rows"]
+    for view, first in enumerate((images - 1, 2 * images + 1)):
+        assert place[view, -1].tolist() == [first, -1, first + 1, -1, -1, -1, first + 2, -1, -1]
+    assert torch.equal(rows[-2:], x[-1, [1, 5]]) and rows[-2:].any(1).all()
+
+
 def test_gradients_of_views_of_so_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     from mvle_kernels.views_triton import backward
 
@@ -277,25 +297,29 @@ def test_gradients_of_attention_of_so_many_rows(longest: int) -> None:
         assert torch.equal(found[name][-5:], x) and x[:3].any(2).all() and not x[3:].any(), name
 
 
-def test_sums_of_a_hub_of_so_many_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_a_hub_that_lies_far_and_whose_parts_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from mvle_kernels.attention_backward_triton import backward
     from mvle_kernels.attention_triton import forward
 
-    needs(36)
+    needs(56)
     set_readers(monkeypatch, 1)
     plan = plan_of([2, 1, 2, 3], [4], [0] * 4)
-    q, k, v = values(plan)
+    q, k, v = values(plan, dtype=KIND)
     ends = plan.q.offsets, plan.k.offsets, plan.kv_index, plan.readers, 3, 4
     out, lse = forward(q, k, v, *ends)
     expected = backward(q + 1, q, k, v, out, lse, *ends)
     with captured() as made:
-        found = backward(q + 1, q, k, v, out, lse, *ends)
-    a_part = 2**30 // k[0].numel()  # rows: the third part begins at 2^31
-    parts = {f"part_{name}": vast((4, a_part, *k.shape[1:]), torch.float32) for name in "kv"}
+        dq, _, _ = backward(q + 1, q, k, v, out, lse, *ends)
     assert len(made) == 2 and made[0].arguments["part_k"].shape == (4, 4, *k.shape[1:])
+    before, a_part = FAR // k[0].numel(), FAR // 2 // k[0].numel()  # rows; the third part begins at 2^31
+    far = {name: vast((before + 4, *k.shape[1:]), KIND) for name in ("k", "v", "dk", "dv")}
+    far["k"][-4:], far["v"][-4:] = k, v
+    far |= {f"part_{name}": vast((4, a_part, *k.shape[1:]), torch.float32) for name in "kv"}
     for one in made:
-        start(one, {**one.arguments, **parts, "max_k": a_part}, one.grid[0])
-    assert all(map(torch.equal, found, expected)) and all(part[2, :4].any() for part in parts.values())
+        given = {name: far.get(name, x) for name, x in one.arguments.items()}
+        start(one, {**given, "k_offsets": plan.k.offsets + before, "max_k": a_part}, one.grid[0])
+    assert all(map(torch.equal, (dq, far["dk"][-4:], far["dv"][-4:]), expected))
+    assert all(x.any() for x in expected) and all(far[f"part_{name}"][2, :4].any() for name in "kv")
 
 
 # ---- the token loss -------------------------------------------------------------------------------------------------
