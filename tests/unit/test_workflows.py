@@ -66,6 +66,16 @@ def test_tests_run_on_every_python_with_the_oldest_and_the_newest_torch() -> Non
     assert baselines == {f"triton-{case['triton'].removesuffix('.0')}" for case in belongs.values()}
 
 
+def test_no_test_is_skipped_for_want_of_a_package_that_could_be_installed_with_the_tests() -> None:
+    """But wandb: the extra `test` says why."""
+    asked = re.compile(r"""(?:importorskip|find_spec)\(\s*"(\w+)""")
+    wanted = {name for path in (ROOT / "tests").rglob("test_*.py") for name in asked.findall(path.read_text())}
+    ours = {re.split(r"[\[<>=]", need)[0] for need in PROJECT["optional-dependencies"]["test"]} - {PROJECT["name"]}
+
+    assert "aiohttp" in wanted
+    assert (wanted | ours) - set(PINNED) == {"wandb"}
+
+
 def test_lint_types_tests_and_a_wheel_are_looked_at() -> None:
     scripts = {name: " ".join(s.get("run", "") for s in job["steps"]) for name, job in workflow("ci")["jobs"].items()}
 
