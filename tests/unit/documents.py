@@ -18,7 +18,10 @@ NAMES = [
     *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
 ]
 PROGRAMS = ("python", "torchrun", "make", "pytest", "ruff", "mypy", "srun")
+OWN = ("mvle", "mvle_kernels", "benchmarks")  # packages whose programs are the project's
 MORE = "…"  # something that is left out: a value, or the rest of a command
+# What stands for a word of the reader's, and such a word.
+PLACEHOLDERS = {"CONFIG": "tiny", "NAME": "tiny", "ablation/NAME": "ablation/all", "N": "1", "STEP": "1"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,12 @@ def commands_in(name: str, line: str, whole: bool = True) -> list[Command]:
     return []
 
 
+def programs() -> list[str]:
+    """The modules of the project that a document starts with `python -m`."""
+    found = {c.words[2] for c in COMMANDS if c.words[:2] == ("python", "-m")}
+    return sorted(name for name in found if name.split(".")[0] in OWN)
+
+
 def rows(name: str) -> list[list[list[str]]]:
     """The tables of a document: of each row the cells, as text with its `code`."""
     tables: list[list[list[str]]] = []
@@ -107,3 +116,6 @@ def rows(name: str) -> list[list[list[str]]]:
         elif token.type == "inline" and tables and token.level >= 3 and tables[-1]:
             tables[-1][-1].append(token.content)
     return tables
+
+
+COMMANDS = [command for name in NAMES for command in commands(name)]
