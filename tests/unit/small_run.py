@@ -20,6 +20,13 @@ from mvle.engine.run import RunFolder
 from mvle.model.model import MaskVLM
 
 IMAGES = 12
+# Overrides that make any recipe one of milliseconds a step, and its run two steps; the data are the caller's to name.
+SMALL = (
+    *("run.device=cpu", "data.slots=4", "tokenizer.kind=bpe", "tokenizer.vocabulary=400"),
+    *("model.width=32", "model.heads=2", "model.image={size: 64, depth: 1}", "model.text.depth=1"),
+    *("model.cross_depth=1", "model.decoder_depth=1", "model.projection=16", "objectives.itm.group=4"),
+    *("batch.total=8", "schedule.steps=2", "evaluation={every: 1, pairs: 8, k: 4}", "checkpoint.every=1"),
+)
 
 
 def write_shard(path: Path, images: int = IMAGES, repeat_first: bool = False, extras: bool = True) -> Path:

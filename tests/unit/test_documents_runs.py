@@ -27,6 +27,7 @@ from mvle.config import load_config
 from mvle.data import shapes
 
 from .documents import COMMANDS, MORE, NAMES, PLACEHOLDERS, ROOT, Command, commands, fences, inline_code, text_of
+from .small_run import SMALL
 
 # Command, as a pattern -> why it is not run here, and what holds it instead.
 NOT_RUN = {
@@ -52,14 +53,7 @@ NOT_RUN = {
 if release() != "2.14":
     NOT_RUN[r"python -m benchmarks\.fusions"] = "reads plans of torch 2.14"
 
-# Every recipe at a size that takes milliseconds, on the data of the folder.
-SMALL = (
-    *("run.device=cpu", "data.train=data/mine/train-*.tar", "data.val=data/mine/val-*.tar", "data.slots=4"),
-    *("data.test=data/mine/val-*.tar", "tokenizer.kind=bpe", "tokenizer.vocabulary=400"),
-    *("model.width=32", "model.heads=2", "model.image={size: 64, depth: 1}", "model.text.depth=1"),
-    *("model.cross_depth=1", "model.decoder_depth=1", "model.projection=16", "objectives.itm.group=4"),
-    *("batch.total=8", "schedule.steps=2", "evaluation={every: 1, pairs: 8, k: 4}", "checkpoint.every=1"),
-)
+DATA = ("data.train=data/mine/train-*.tar", "data.val=data/mine/val-*.tar", "data.test=data/mine/val-*.tar")
 # Words of a document and what they are here, beside PLACEHOLDERS: two steps, two shards, the run that is there.
 HERE = {"RUN": "runs/tiny", "SHARDS": "data/mine/*.tar", "2000": "2", "checkpoint.every=500": "checkpoint.every=1"}
 HERE |= {"cc3m/{00000..00331}.tar": "cc3m/{00000..00001}.tar", "model.init_from=runs/base": "model.init_from=runs/tiny"}
@@ -84,7 +78,7 @@ def run(words: tuple[str, ...]) -> int:
     python, flag, module, *rest = (HERE.get(word, PLACEHOLDERS.get(word, word)) for word in words)
     assert (python, flag) == ("python", "-m"), f"no test knows how to run {shlex.join(words)}; see NOT_RUN"
     if module == "mvle.train" and "--help" not in rest:
-        rest = [rest[0], *SMALL, *rest[1:]]
+        rest = [rest[0], *SMALL, *DATA, *rest[1:]]
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # imported before it is run
         patch.setattr(sys, "argv", [module, *rest])
@@ -177,7 +171,16 @@ def test_a_command_that_packs_does_so_from_what_the_page_describes(
 @pytest.mark.parametrize("words", [w for w in RUN if w[0] == "torchrun"], ids=shlex.join)
 def test_several_ranks_start_as_it_is_said(words: tuple[str, ...], there: Path) -> None:
     words = tuple({"N": "2"}.get(word, PLACEHOLDERS.get(word, word)) for word in words)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:], *SMALL, "run.name=ranks"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        *words[1:],
+        *SMALL,
+        *DATA,
+        "run.name=ranks",
+    ]
 
     done = subprocess.run(command, env=paths(), capture_output=True, text=True, check=False)
 

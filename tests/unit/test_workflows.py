@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from .documents import fences
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -68,7 +72,7 @@ def test_tests_run_on_every_python_with_the_oldest_and_the_newest_torch() -> Non
 
 def test_no_test_is_skipped_for_want_of_a_package_that_could_be_installed_with_the_tests() -> None:
     """But wandb: the extra `test` says why."""
-    asked = re.compile(r"""(?:importorskip|find_spec)\(\s*"(\w+)""")
+    asked = re.compile(r"""(?:importorskip|skipif\(\s*(?:importlib\.util\.)?find_spec)\(\s*"(\w+)""")
     wanted = {name for path in (ROOT / "tests").rglob("test_*.py") for name in asked.findall(path.read_text())}
     ours = {re.split(r"[\[<>=]", need)[0] for need in PROJECT["optional-dependencies"]["test"]} - {PROJECT["name"]}
 
@@ -82,6 +86,23 @@ def test_lint_types_tests_and_a_wheel_are_looked_at() -> None:
     assert "ruff check ." in scripts["lint"] and "ruff format --check ." in scripts["lint"]
     assert "mypy" in scripts["types"] and "pytest tests" in scripts["tests"]
     assert "python -m build" in scripts["wheel"] and "-m mvle.train ablation/itc extends=tiny" in scripts["wheel"]
+
+
+def test_the_wheel_is_loaded_by_the_first_block_of_the_readme() -> None:
+    script = workflow("ci")["jobs"]["wheel"]["steps"][-1]["run"]
+    (line,) = (line for line in script.splitlines() if line.startswith("awk"))
+    cut = subprocess.run(
+        line.partition(" > ")[0],
+        shell=True,
+        env={**os.environ, "GITHUB_WORKSPACE": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert cut.stdout == fences("README.md", "python")[0][0]
+    exported = re.search(r"-m mvle\.export \S+ --output (\S+)", script)
+    assert exported is not None and f'mvle.load("{exported[1]}")' in cut.stdout
 
 
 def test_the_gpu_job_is_started_by_hand_and_keeps_its_figures() -> None:
