@@ -181,14 +181,13 @@ def attention_kernel(
         m = tl.where(m == float("-inf"), 0.0, m)
 
     l = tl.where(l == 0.0, 1.0, l)  # noqa: E741  only an empty context has none
-    place = (q_first + row).to(tl.int64)
+    place = q_first.to(tl.int64) + row  # the sum of both cast instead: Triton 3.6 spills for sm_80
     mask = (row < q_length)[:, None]
     if not EVEN:
         mask = mask & (e < E)[None, :]
-    # lse first: behind the other store Triton 3.6 spills for sm_80
-    tl.store(lse + head * q_rows + place, m + tl.log2(l), mask=row < q_length)
     o = (o / l[:, None]).to(out.dtype.element_ty)
     tl.store(out + place[:, None] * (H * E) + head * E + e[None, :], o, mask=mask)
+    tl.store(lse + head * q_rows + place, m + tl.log2(l), mask=row < q_length)
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------------
