@@ -75,7 +75,7 @@ def row(request: Any) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
-    from .kernel_report import kernel_table
+    from .kernel_report import kernel_table, not_measured
     from .report import left_out, step_table
 
     session = getattr(config, "_benchmarksession", None)
@@ -83,8 +83,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     if kernels := [info for info in infos if "kernels" in info]:
         terminalreporter.section("kernels")
         terminalreporter.write_line(kernel_table([row for info in kernels for row in info["kernels"]]))
-        lacking = {f"{i['kernels'][0]['op']}: {name}: {why}" for i in kernels for name, why in i["skipped"].items()}
-        for line in ("", "Not measured:", *sorted(f"  {line}" for line in lacking)):
+        lacking = sorted(f"  {what}: {why}" for what, why in not_measured(kernels).items())
+        for line in ("", "Not measured:", *lacking):
             terminalreporter.write_line(line)
     rows = [info for info in infos if "provider" in info]
     if not rows:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .kernels import cases
+from .kernel_cases import cases
 from .report import RESULTS, ROOT, infos_of, rewrite
 
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -38,8 +38,13 @@ def read_run(path: Path) -> dict[str, Any]:
             f"expected rows of benchmarks/test_kernels.py in {path}; got {len(infos)} of other benchmarks."
         )
     rows = [row for i in found for row in i["kernels"]]
-    skipped = {f"{i['kernels'][0]['op']}: {name}": why for i in found for name, why in i["skipped"].items()}
-    return {"about": found[0]["about"], "device": found[0]["device"], "rows": rows, "skipped": skipped}
+    return {"about": found[0]["about"], "device": found[0]["device"], "rows": rows, "skipped": not_measured(found)}
+
+
+def not_measured(infos: Sequence[Row]) -> dict[str, str]:
+    """Providers of an op, and sizes -> why they are not among the rows of these benchmarks."""
+    providers = {f"{i['kernels'][0]['op']}: {name}": why for i in infos for name, why in i["skipped"].items()}
+    return providers | {size: why for i in infos for size, why in i["left_out"].items()}
 
 
 def kernel_table(rows: Sequence[Row]) -> str:

@@ -1,19 +1,19 @@
 """The problems that kernels are measured on: what is computed, who computes it, and what the least work would be.
 
-    problem = cases(device)["attention 197x197, base, 256 pairs"].problem(device, dtype)
-    problem.providers["triton"]()          the output, with a graph to problem.leaves
+    problem = patch_rows(256, RECIPES["base"], device, dtype)
+    problem.providers["plain"]()           the output, with a graph to problem.leaves
     problem.floor(backward=True)           (operations, bytes) that no implementation can do without
 
-Providers of a problem are the backends of the op (kernels/mvle_kernels), the same written plainly in torch, that under
-torch.compile, and libraries where they are installed. Floors count each input once, each output once, and in a backward
-the same for gradients; operations are those of matrix products, without what is masked or padded.
+Providers of a problem are `auto` (the op's own choice), `plain` (what a user of torch would write), and libraries where
+they are installed; kernel_cases.py adds each backend, and `plain` under torch.compile. Floors count each input once,
+each output once, and in a backward the same for gradients; operations are those of matrix products, without what is
+masked or padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -32,17 +32,15 @@ from mvle_kernels import (
     patchify,
     ragged_attention,
     sample_patch_mask,
-    use_backend,
 )
-from mvle_kernels.dispatch import OPS, Op
-from mvle_kernels.recipes import RECIPES, Recipe
+from mvle_kernels.dispatch import Op
+from mvle_kernels.patches import expanded_rows, mask_of
+from mvle_kernels.recipes import Recipe
 from torch import Tensor
 
-from mvle.data.caption_lengths import typical_lengths
-
 from .counts import size_of
+from .plain_ops import dropped_views, inserted, replaced_views, rows_of_patches
 
-CAPTION = "caption"  # as a number of rows: as many as real captions have
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 Work = tuple[int, int]  # operations, bytes
 Call = Callable[[], Tensor]
@@ -65,13 +63,17 @@ class Problem:
         """(operations, bytes) that any implementation has to do."""
         return self.both if backward else self.forward
 
+    def leaves_of(self, provider: str) -> list[Tensor]:
+        """What gets a gradient from a call of this provider."""
+        return self.other_leaves.get(provider, self.leaves)
+
     def step(self, provider: str, backward: bool) -> Callable[[], Any]:
         """A call of it: the forward without a graph, or forward and backward with gradients to all leaves."""
         call = self.providers[provider]
         if not backward:
             return torch.no_grad()(call)
         gradient = torch.ones_like(call().detach())
-        leaves = self.other_leaves.get(provider, self.leaves)
+        leaves = self.leaves_of(provider)
         return lambda: torch.autograd.grad(call(), leaves, gradient)
 
     def chosen(self) -> str:
@@ -88,47 +90,6 @@ class Problem:
         return found[0]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A named problem. make: (device, dtype) -> Problem."""
-
-    name: str
-    make: Callable[[torch.device, torch.dtype], Problem]
-
-    def problem(self, device: torch.device, dtype: torch.dtype) -> Problem:
-        """With every backend that does not refuse it; why the others do."""
-        problem = self.make(device, dtype)
-        ours = problem.providers["auto"]
-        for backend in OPS[problem.op].backends:
-            if backend.name == "reference":  # slow and obvious; `plain` is what a user would write
-                continue
-            call = _by(backend.name, ours)
-            try:
-                with torch.no_grad():
-                    call()
-                problem.providers[backend.name] = call
-            except ValueError as error:
-                problem.skipped[backend.name] = str(error).rpartition(f"{backend.name}: ")[2].split("; ")[0]
-        return problem
-
-
-def _by(backend: str, call: Call) -> Call:
-    def run() -> Tensor:
-        with use_backend(backend):
-            return call()
-
-    return run
-
-
-def _compiled(problem: Problem) -> Problem:
-    """With `plain` under torch.compile as a provider, on a GPU."""
-    if problem.leaves and not problem.leaves[0].is_cuda:
-        problem.skipped["plain, compiled"] = "C++ code takes minutes; the step's table has a compiled row"
-    else:
-        problem.providers["plain, compiled"] = torch.compile(problem.providers["plain"], dynamic=False)
-    return problem
-
-
 def _peer(problem: Problem, name: str, module: str, make: Callable[[], Call]) -> None:
     """A library's call as a provider, or why it is none."""
     if find_spec(module) is None:
@@ -141,13 +102,6 @@ def _peer(problem: Problem, name: str, module: str, make: Callable[[], Call]) ->
 
 def _size(*tensors: Tensor) -> int:
     return sum(map(size_of, tensors))
-
-
-def _rows_of_patches(images: Tensor, patch: int) -> Tensor:
-    """Normalised patches [B, N, X] as a user would write it."""
-    mean, std = (torch.tensor(x, device=images.device) for x in (MEAN, STD))
-    x = ((images / 255 - mean) / std).unflatten(1, (-1, patch)).unflatten(3, (-1, patch))
-    return x.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -198,20 +152,6 @@ def attention(
     )
 
 
-def _attention_case(recipe: str, q: str, k: str, pairs: int, *, skewed: bool = False) -> Case:
-    """q, k: a number of rows, or CAPTION for captions as long as real ones. skewed: hard negatives too, so
-    that a quarter of all read the first pair."""
-    size = RECIPES[recipe]
-    captions = typical_lengths(pairs, size.tokens)
-    queries, contexts = (captions if n == CAPTION else (int(n),) * pairs for n in (q, k))
-    index = None
-    if skewed:
-        index = [*range(pairs), *(0 if i % 2 == 0 else (i * 7 + 1) % pairs for i in range(pairs))]
-        queries = (*queries, *queries)
-    name = f"attention {q}x{k}, {recipe}, {pairs} pairs" + (", negatives" if skewed else "")
-    return Case(name, partial(attention, queries, contexts, size.heads, size.head, index))
-
-
 # ---- losses ---------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +188,7 @@ def token_loss(rows: int, words: int, vocabulary: int, width: int, device: torch
 
     _peer(problem, "liger-kernel", "liger_kernel", liger)
     _peer(problem, "cut-cross-entropy", "cut_cross_entropy", cut)
-    return _compiled(problem)
+    return problem
 
 
 def pixel_loss(pairs: int, size: Recipe, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -265,22 +205,20 @@ def pixel_loss(pairs: int, size: Recipe, device: torch.device, dtype: torch.dtyp
     prediction = torch.randn(len(rows), size.values, generator=draw, device=device).to(dtype).requires_grad_()
 
     def plain() -> Tensor:
-        target = _rows_of_patches(images, size.patch).flatten(0, 1)[rows.long()]
+        target = rows_of_patches(images, size.patch, MEAN, STD).flatten(0, 1)[rows.long()]
         variance, middle = torch.var_mean(target, -1, keepdim=True)
         return (prediction.float() - (target - middle) / (variance + 1e-6).sqrt()).abs().sum()
 
     moved = _size(prediction) + prediction.numel()  # a byte of image for each value
-    return _compiled(
-        Problem(
-            "masked_pixel_loss",
-            [prediction],
-            {
-                "auto": lambda: masked_pixel_loss(prediction, images, rows, size.patch, MEAN, STD, "l1", True),
-                "plain": plain,
-            },
-            (0, moved),
-            (0, moved + _size(prediction)),
-        )
+    return Problem(
+        "masked_pixel_loss",
+        [prediction],
+        {
+            "auto": lambda: masked_pixel_loss(prediction, images, rows, size.patch, MEAN, STD, "l1", True),
+            "plain": plain,
+        },
+        (0, moved),
+        (0, moved + _size(prediction)),
     )
 
 
@@ -294,11 +232,16 @@ def patch_rows(pairs: int, size: Recipe, device: torch.device, dtype: torch.dtyp
     images = torch.randint(0, 256, (pairs, side, side, 3), generator=draw, device=device, dtype=torch.uint8)
 
     def plain() -> Tensor:
-        return _rows_of_patches(images, size.patch).to(dtype)
+        return rows_of_patches(images, size.patch, MEAN, STD).to(dtype)
 
     calls: dict[str, Call] = {"auto": lambda: patchify(images, size.patch, MEAN, STD, dtype), "plain": plain}
     moved = _size(images) * (1 + torch.finfo(dtype).bits // 8)
     return Problem("patchify", [], calls, (0, moved), (0, moved))
+
+
+def _covered(masked: Packed, patches: int) -> Tensor:
+    """bool [B, N + 1]: where an image shows mask tokens; never at its class token, position 0."""
+    return F.pad(mask_of(masked, patches), (1, 0))
 
 
 def views(pairs: int, size: Recipe, mode: str, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -316,11 +259,19 @@ def views(pairs: int, size: Recipe, mode: str, device: torch.device, dtype: torc
     def auto() -> Tensor:
         return embed_views(x, positions, class_token, mask_token, keep, masked, ("clean", mode)).rows
 
+    covered = _covered(masked, size.patches)
+    kept = torch.cat([keep.offsets.new_zeros(pairs, 1), keep.rows.view(pairs, -1) + 1], 1).long()
+
+    def plain() -> Tensor:
+        if mode == "drop":
+            return dropped_views(x, positions, class_token, kept)
+        return replaced_views(x, positions, class_token, mask_token, covered)
+
     shown = size.patches - size.masked if mode == "drop" else size.patches
     written = pairs * (size.patches + shown + 2) * size.width * x.element_size()
     moved = _size(x) + written  # a patch is read once for both views
     leaves = [x, positions, class_token, *([] if mode == "drop" else [mask_token])]
-    return Problem("embed_views", leaves, {"auto": auto}, (0, moved), (0, 2 * moved))
+    return Problem("embed_views", leaves, {"auto": auto, "plain": plain}, (0, moved), (0, 2 * moved))
 
 
 def insertion(pairs: int, size: Recipe, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -338,8 +289,15 @@ def insertion(pairs: int, size: Recipe, device: torch.device, dtype: torch.dtype
     def auto() -> Tensor:
         return insert_mask_tokens(layout.with_rows(rows), masked, mask_token, positions).rows
 
+    covered = _covered(masked, size.patches)
+    place = ((~covered).cumsum(1) - 1).clamp(min=0)
+
+    def plain() -> Tensor:
+        return inserted(rows, mask_token, positions, covered, place)
+
     moved = _size(rows) + pairs * (size.patches + 1) * size.width * rows.element_size()
-    return Problem("insert_mask_tokens", [rows, mask_token, positions], {"auto": auto}, (0, moved), (0, 2 * moved))
+    calls: dict[str, Call] = {"auto": auto, "plain": plain}
+    return Problem("insert_mask_tokens", [rows, mask_token, positions], calls, (0, moved), (0, 2 * moved))
 
 
 def repetition(
@@ -352,41 +310,16 @@ def repetition(
     which = torch.tensor(index, dtype=torch.int32, device=device)
     wanted = expand_layout(layout, which, sum(lengths[i] for i in index))
     moved = (layout.total + wanted.total) * width * rows.element_size()
+    whole, long = min(lengths) == max(lengths), which.long()
+    single = expanded_rows(which, layout, wanted)
+
+    def plain() -> Tensor:
+        return rows.unflatten(0, (len(lengths), -1))[long].flatten(0, 1) if whole else rows[single]
+
     return Problem(
         "expand",
         [rows],
-        {"auto": lambda: expand(layout.with_rows(rows), which, wanted).rows},
+        {"auto": lambda: expand(layout.with_rows(rows), which, wanted).rows, "plain": plain},
         (0, moved),
         (0, 2 * moved),
     )
-
-
-# ---- all ------------------------------------------------------------------------------------------------------------
-
-
-def _cases(recipe: str, pairs: int, rows: int | None = None) -> Iterator[Case]:
-    size = RECIPES[recipe]
-    for q, k in (("197", "197"), ("77", "77"), ("197", CAPTION), (CAPTION, "197"), (CAPTION, CAPTION), ("1", "197")):
-        yield _attention_case(recipe, q, k, pairs)
-    yield _attention_case(recipe, CAPTION, "197", pairs, skewed=True)
-    words = rows or 4 * pairs
-    loss = partial(token_loss, words, size.words, size.vocabulary, size.width)
-    yield Case(f"token loss, {recipe}, {words} masked words", loss)
-    yield Case(f"pixel loss, {recipe}, {pairs} pairs", partial(pixel_loss, pairs, size))
-    yield Case(f"patchify, {recipe}, {pairs} pairs", partial(patch_rows, pairs, size))
-    for mode in ("replace", "drop"):
-        yield Case(f"views, {mode}, {recipe}, {pairs} pairs", partial(views, pairs, size, mode))
-    yield Case(f"mask tokens, {recipe}, {pairs} pairs", partial(insertion, pairs, size))
-    again = [(7 * i + 1) % pairs for i in range(pairs)]
-    for what, lengths in (("images", (size.patches + 1,) * pairs), ("captions", typical_lengths(pairs, size.tokens))):
-        yield Case(f"{what} again, {recipe}, {pairs} pairs", partial(repetition, lengths, again, size.width))
-
-
-def cases(device: torch.device) -> Mapping[str, Case]:
-    """On a GPU base at 256 pairs and large at 64; on a CPU base at 4."""
-    if device.type == "cuda":
-        found = [*_cases("base", 256), *_cases("large", 64)]
-        found += [_attention_case("base", "577", k, 64) for k in ("577", CAPTION)]
-    else:
-        found = list(_cases("base", 4))
-    return {case.name: case for case in found}
