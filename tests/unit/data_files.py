@@ -1,20 +1,31 @@
-"""Small image files and shards for the tests of mvle.data: generated, never read from elsewhere."""
+"""Small image files and shards for the tests of mvle.data: generated, never read from elsewhere. On a disk, or behind
+URLs of a file system in memory."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import pytest
 from PIL import Image
 
+from mvle.data import files
+from mvle.data.config import DataConfig
 from mvle.data.indexing import index_shard
+from mvle.data.loader import Loader
+from mvle.data.patterns import expand_pattern
+from mvle.data.plan import SamplingPlan
 from mvle.data.shards import ShardSet
 from mvle.data.tar import TarWriter
+from mvle.data.tokenizer import Tokenizer, train_bpe
+
+ROOT = "memory://shards-of-tests"
 
 
 def picture(seed: int = 0, height: int = 24, width: int = 32, channels: int = 3) -> np.ndarray:
@@ -73,3 +84,38 @@ def spoil(shards: ShardSet, row: int) -> None:
     with open(path, "r+b") as file:
         file.write(whole)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def number_words() -> Tokenizer:
+    """A tokenizer of the captions that `pair` gives."""
+    return train_bpe([f"picture number {i} again" for i in range(10)] * 3, 320)
+
+
+# ---- behind URLs ----------------------------------------------------------------------------------------------------
+
+
+def in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """For a fixture: URL of a folder in memory with part-000.tar .. part-002.tar, whose indexes lie in `folder`/disk
+    alone. Further tries come at once."""
+    monkeypatch.setattr(files, "RETRY_SECONDS", (0.0, 0.0))
+    (folder / "disk").mkdir()
+    make_shards(folder / "disk", [5, 4, 6])
+    memory = fsspec.filesystem("memory")
+    for path in sorted((folder / "disk").glob("*.tar")):
+        memory.pipe_file(f"{ROOT}/{path.name}", path.read_bytes())
+    yield ROOT
+    memory.rm(ROOT, recursive=True)
+
+
+def shown(shards: ShardSet, tokenizer: Tokenizer) -> list[tuple[Any, ...]]:
+    """What the model gets of the first steps."""
+    plan = SamplingPlan(shards, seed=3, batch_total=6, slots=6)
+    with Loader(DataConfig(), plan, shards, tokenizer, image_size=16, max_tokens=12, steps=3) as loader:
+        return [
+            (b.keys, b.pair_ids.tolist(), b.image_ids.tolist(), b.text.rows.tolist(), b.images.tolist()) for b in loader
+        ]
+
+
+def index_all(pattern: str, **options: Any) -> None:
+    for path in expand_pattern(pattern):
+        index_shard(path, **options)

@@ -1,4 +1,5 @@
-"""Encoders as timm and transformers publish them, with random weights: what tests of first weights and exports load."""
+"""Encoders as timm and transformers publish them, with random weights, and ours of their shape: what tests of first
+weights and exports load."""
 
 from __future__ import annotations
 
@@ -9,6 +10,13 @@ import torch
 from mvle_kernels import Packed
 from torch import Tensor, nn
 
+from mvle.model.config import ModelConfig
+from mvle.model.image_encoder import ImageEncoder
+from mvle.model.pretrained import image_weights, text_weights
+from mvle.model.text_encoder import TextEncoder
+
+HALF = (0.5, 0.5, 0.5)
+WORDS = 50
 SIZES = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "num_classes": 5}
 
 
@@ -97,3 +105,20 @@ def roberta_rows(model: Any, texts: Packed) -> list[Tensor]:
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=padding)
     out = model(input_ids=ids, attention_mask=(ids != padding).long()).last_hidden_state
     return [rows[: len(sequence)] for rows, sequence in zip(out, sequences, strict=True)]
+
+
+def model_config(**values: Any) -> ModelConfig:
+    """Of the shape that `vit` and `roberta` have."""
+    image = {"size": 64, "depth": 2, **values.pop("image", {})}
+    text = {"depth": 2, "max_tokens": 16, **values.pop("text", {})}
+    return ModelConfig.model_validate(
+        {"width": 32, "heads": 2, "mlp_ratio": 2.0, "image": image, "text": text, **values}
+    )
+
+
+def image_encoder(config: ModelConfig, name: str | Path) -> ImageEncoder:
+    return load(ImageEncoder(config, 16), image_weights(config, str(name)).values, "image_encoder.")
+
+
+def text_encoder(config: ModelConfig, name: str | Path, words: int = WORDS) -> TextEncoder:
+    return load(TextEncoder(config, words), text_weights(config, str(name), words, None).values, "text_encoder.")
