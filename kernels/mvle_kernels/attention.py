@@ -162,9 +162,9 @@ def _refuse_triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str 
     "triton", "short contexts held whole, hubs in chunks, tails included", _refuse_triton, unasked_triton
 )
 def _triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    from .attention_triton import ragged_attention
+    from .attention_op import ragged_attention
 
-    return ragged_attention(q, k, v, plan)
+    return ragged_attention(q, k, v, plan, by="triton")
 
 
 ATTENTION.register("varlen", "torch's attention of packed sequences", refuse_varlen)(varlen)
@@ -311,10 +311,9 @@ ATTENTION.register("reference", "one sequence at a time")(_reference)
 def attention_ops() -> list[Any]:
     """The torch ops as which attention runs beside torch's own: what checkpointing that keeps attention has to name."""
     found = []
-    if triton_support.INSTALLED:
-        from . import attention_triton  # noqa: F401  registers it
+    from . import attention_op  # noqa: F401  registers it
 
-        found.append(torch.ops.mvle.ragged_attention.default)
+    found.append(torch.ops.mvle.ragged_attention.default)
     if installed("torch.nn.attention.varlen"):
         import_module("torch.nn.attention.varlen")  # registers its own
         if hasattr(torch.ops.torch_attn, "_varlen_attn"):

@@ -29,9 +29,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import split_readers
-from .attention_triton import FILL, LOG2_E, cases, fillers, load_rows, meetings, older, strides, zero_tail
+from .attention_triton import FILL, LOG2_E, cases, fillers, load_rows, older, strides, zero_tail
 from .launches import architecture, config
-from .triton_support import allocate, define, dot_dtype, launch, power_of_2
+from .triton_support import allocate, dot_dtype, launch, power_of_2
 
 # ---- launch choice --------------------------------------------------------------------------------------------------
 
@@ -356,29 +356,6 @@ def backward(
         sums |= {"slots": slots, "k_offsets": k_offsets, "max_k": max_k}
         launch(add_parts_kernel, (parts, spread), {}, **sums, WIDTH=H * E, BLOCK=FILL)
     return dq, dk, dv
-
-
-# ---- registration ---------------------------------------------------------------------------------------------------
-
-
-def _fake(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _flops(gradient: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, q_offsets: Any, *others: Any) -> int:
-    """Four products. A fifth makes the softmax again: no step needs it, so it does not count."""
-    H, E = q.shape[1:]
-    return 8 * H * E * meetings(q, k, q_offsets, others[1] is not None, *others[-2:])
-
-
-attention_backward = define(
-    "ragged_attention_backward",
-    "(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor q_offsets, Tensor k_offsets, "
-    "Tensor? kv_index, Tensor? readers, SymInt max_q, SymInt max_k) -> (Tensor, Tensor, Tensor)",
-    backward,
-    _fake,
-    flops=_flops,
-)
 
 
 # ---- what base and large launch -------------------------------------------------------------------------------------

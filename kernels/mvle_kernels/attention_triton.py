@@ -26,11 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import AttentionPlan, readers_a_chunk, readers_of, split_readers
+from .attention import readers_a_chunk, readers_of, split_readers
 from .launches import architecture, config
-from .layout import padded_length
 from .recipes import RECIPES
-from .triton_support import allocate, define, dot_dtype, launch, power_of_2
+from .triton_support import allocate, dot_dtype, launch, power_of_2
 
 LOG2_E = math.log2(math.e)
 FILL = 1024  # elements of a tail that a program zeroes at a time
@@ -249,67 +248,6 @@ def forward(
 def strides(**tensors: Tensor) -> dict[str, int]:
     """stride_qt and stride_qh of q=q, and so on: of rows and of heads."""
     return {f"stride_{name}{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate("th")}
-
-
-# ---- registration ---------------------------------------------------------------------------------------------------
-
-
-def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.max_q, ctx.max_k = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    from .attention_backward_triton import attention_backward  # here, since that file builds upon this one
-
-    q, k, v, q_offsets, k_offsets, kv_index, readers, out, lse = ctx.saved_tensors
-    assert kv_index is None or readers is not None, "a backward with kv_index needs to know who reads what"
-    if gradient.stride(-1) != 1:
-        gradient = gradient.contiguous()
-    tensors = gradient, q, k, v, out, lse, q_offsets, k_offsets, kv_index, readers
-    return *attention_backward(*tensors, ctx.max_q, ctx.max_k), *[None] * 6
-
-
-def meetings(q: Tensor, k: Tensor, q_offsets: Tensor, indexed: bool, max_q: int, max_k: int) -> int:
-    """Pairs of a query and a key, as far as shapes tell: exact where all lengths are equal, else a bound."""
-    bounds = [q.shape[0] * max_k, (q_offsets.shape[0] - 1) * max_q * max_k]
-    return min(bounds if indexed else [*bounds, k.shape[0] * max_q])
-
-
-def _flops(q: Any, k: Any, v: Any, q_offsets: Any, k_offsets: Any, kv_index: Any, readers: Any, *caps: int) -> int:
-    """Two products; a formula sees shapes alone, so lengths count as `meetings` bounds them."""
-    H, E = q.shape[1:]
-    return 4 * H * E * meetings(q, k, q_offsets, kv_index is not None, *caps)
-
-
-attention = define(
-    "ragged_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_offsets, Tensor? kv_index, Tensor? readers, "
-    "SymInt max_q, SymInt max_k) -> (Tensor, Tensor)",
-    forward,
-    _fake,
-    setup=_setup,
-    backward=_backward,
-    flops=_flops,
-)
-
-
-def ragged_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    """The backend: as attention.py asks for it."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    readers = None
-    if plan.kv_index is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        readers = plan.readers
-    caps = padded_length(plan.q), padded_length(plan.k)
-    # kernels walk them as dense lists
-    q_offsets, k_offsets = plan.q.offsets.contiguous(), plan.k.offsets.contiguous()
-    kv_index = None if plan.kv_index is None else plan.kv_index.contiguous()
-    return attention(q, k, v, q_offsets, k_offsets, kv_index, readers, *caps)[0]
 
 
 # ---- what base and large launch -------------------------------------------------------------------------------------

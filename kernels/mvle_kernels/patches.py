@@ -53,6 +53,11 @@ def scale_and_shift(
     return scale, shift
 
 
+def channel_scales(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """(scale, shift) as `scale_and_shift` has them, three numbers each: what kernels take."""
+    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+
+
 def _refuse_patchify(
     images: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> str | None:
@@ -141,9 +146,9 @@ def _refuse_views(
 
 @EMBED_VIEWS.register("triton", "all views in one pass, and back in one", _refuse_views, _unasked)
 def _embed_views_triton(*arguments: Any) -> Packed:
-    from .views_triton import embed_views
+    from .views_op import embed_views
 
-    return embed_views(*arguments)
+    return embed_views(*(*arguments, "triton"))
 
 
 @EMBED_VIEWS.register("dense", "whole views as one batch, dropped patches by one gather")

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import config
+from .patches import channel_scales
 from .recipes import RECIPES
 from .triton_support import allocate, define, launch, power_of_2
 
@@ -184,12 +185,7 @@ patchify_op = define(
 
 def patchify(images: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """The backend of `patchify`."""
-    return patchify_op(images, patch, *scale_and_shift(mean, std), dtype)
-
-
-def scale_and_shift(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """For each channel, so that pixel * scale + shift = (pixel / 255 - mean) / std."""
-    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    return patchify_op(images, patch, *channel_scales(mean, std), dtype)
 
 
 # ---- what base and large launch -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton_support
+from . import cuda_support, triton_support
 from .dispatch import Op
 from .patches import as_patches, check_images, patchify, scale_and_shift
 
@@ -50,11 +50,24 @@ def _refuse(prediction: Tensor, images: Tensor, rows: Tensor, *_: Any) -> str | 
     return triton_support.refuse(prediction, images, rows)
 
 
+def _refuse_cuda(prediction: Tensor, images: Tensor, rows: Tensor, *_: Any) -> str | None:
+    if prediction.shape[1] > 4096:
+        return f"takes patches of at most 4096 values; got {prediction.shape[1]}"
+    return cuda_support.refuse(prediction, images, rows)
+
+
 @PIXEL_LOSS.register("triton", "targets, loss and gradient in one pass", _refuse, triton_support.unasked)
 def _triton(*arguments: Any) -> Tensor:
-    from .pixel_loss_triton import masked_pixel_loss
+    from .pixel_loss_op import masked_pixel_loss
 
-    return masked_pixel_loss(*arguments)
+    return masked_pixel_loss(*(*arguments, "triton"))
+
+
+@PIXEL_LOSS.register("cuda", "the same, a warp for each patch", _refuse_cuda, cuda_support.unasked)
+def _cuda(*arguments: Any) -> Tensor:
+    from .pixel_loss_op import masked_pixel_loss
+
+    return masked_pixel_loss(*(*arguments, "cuda"))
 
 
 @PIXEL_LOSS.register("dense", "reads the masked patches only")

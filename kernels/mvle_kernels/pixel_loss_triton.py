@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -24,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import config
-from .patches_triton import normalised_pixels, pixel_arguments, scale_and_shift
+from .patches_triton import normalised_pixels, pixel_arguments
 from .recipes import RECIPES
-from .triton_support import allocate, define, launch, power_of_2
+from .triton_support import allocate, launch, power_of_2
 
 # ---- launch choice --------------------------------------------------------------------------------------------------
 
@@ -164,57 +163,6 @@ def forward(
         SLOPE=with_slope,
     )
     return partial.sum(), slope
-
-
-# ---- registration ---------------------------------------------------------------------------------------------------
-
-
-def _fake(prediction: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows = prediction.shape[0] if _[-1] else 0
-    return prediction.new_empty((), dtype=torch.float32), prediction.new_empty(rows, prediction.shape[1])
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    slope = output[1]
-    ctx.mark_non_differentiable(slope)
-    ctx.save_for_backward(slope)
-
-
-def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    (slope,) = ctx.saved_tensors
-    return slope * gradient.to(slope.dtype), *[None] * 9
-
-
-pixel_loss = define(
-    "masked_pixel_loss",
-    "(Tensor prediction, Tensor images, Tensor rows, SymInt patch, float[] scale, float[] shift, bool l1, bool mse, "
-    "bool per_patch, bool with_slope) -> (Tensor, Tensor)",
-    forward,
-    _fake,
-    setup=_setup,
-    backward=_backward,
-)
-
-
-def masked_pixel_loss(
-    prediction: Tensor,
-    images: Tensor,
-    rows: Tensor,
-    patch: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    kind: str,
-    per_patch: bool,
-) -> Tensor:
-    """The backend: as pixel_loss.py asks for it."""
-    if prediction.stride(-1) != 1:
-        prediction = prediction.contiguous()
-    rows = rows.contiguous()  # the kernel walks them as a dense list
-    scale, shift = scale_and_shift(mean, std)
-    with_slope = prediction.requires_grad and torch.is_grad_enabled()
-    return pixel_loss(
-        prediction, images, rows, patch, scale, shift, "l1" in kind, "mse" in kind, per_patch, with_slope
-    )[0]
 
 
 # ---- what base and large launch --------------------------------------------------------------------------------------

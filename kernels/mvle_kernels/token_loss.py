@@ -57,9 +57,9 @@ def _refuse(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, 
 def _triton(
     rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int, vocabulary: int, ranks: bool
 ) -> Found:
-    from .token_loss_triton import masked_token_loss
+    from .token_loss_op import masked_token_loss
 
-    return masked_token_loss(rows, weight, bias, targets, ignore, vocabulary)
+    return masked_token_loss(rows, weight, bias, targets, ignore, vocabulary, by="triton")
 
 
 @TOKEN_LOSS.register("dense", "logits become their gradient in place")

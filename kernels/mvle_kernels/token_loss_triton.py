@@ -22,9 +22,8 @@ Measured not yet measured on a GPU
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -33,12 +32,9 @@ from torch import Tensor
 
 from .launches import config
 from .recipes import RECIPES
-from .token_loss import as_given, product
-from .triton_support import allocate, define, launch, power_of_2
+from .triton_support import allocate, launch, power_of_2
 
 # ---- launch choice --------------------------------------------------------------------------------------------------
-
-BUDGET_MIB = 512  # of logits alive at once: base and large at their own batches stay far below and are not cut
 
 
 def rule(columns: int) -> dict[str, int]:
@@ -46,12 +42,6 @@ def rule(columns: int) -> dict[str, int]:
     programs of 16 warps a multiprocessor, which is what 256 rows (large) fill."""
     block = power_of_2(min(columns, 4096), 32)
     return {"BLOCK": block, "num_warps": max(1, block // 256), "num_stages": 1}
-
-
-def rows_of_a_chunk(rows: int, columns: int, size: int, budget_mib: float) -> int:
-    """All rows where their logits fit into the budget, else chunks of about equal length that do."""
-    most = max(1, int(budget_mib * 2**20) // (columns * size))
-    return rows if rows <= most else -(-rows // -(-rows // most))
 
 
 # ---- kernel ---------------------------------------------------------------------------------------------------------
@@ -151,38 +141,15 @@ def token_loss_kernel(
 # ---- launcher -------------------------------------------------------------------------------------------------------
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, fresh: bool) -> None:
-    """total += a b in float32; fresh: whatever total was before, it is a b."""
-    beta = 0.0 if fresh else 1.0
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
-
-
-def score(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ignore: int,
-    vocabulary: int,
-    with_slope: bool,
-    logits: Tensor,
-    partial: Tensor,
-    ranks: Tensor,
+def row_losses(
+    logits: Tensor, targets: Tensor, partial: Tensor, ranks: Tensor, ignore: int, vocabulary: int, with_slope: bool
 ) -> None:
-    """Fill logits [R, C] (with their gradient, if asked for), partial [R] and ranks [R]. All of one dtype: rows,
-    weight, bias, logits."""
+    """Fill partial [R] and ranks [R] from logits [R, C], which become their gradient, if asked for."""
     R, C = logits.shape
-    if bias is None:
-        torch.mm(rows, weight.T, out=logits)
-    else:
-        torch.addmm(bias, rows, weight.T, out=logits)
     launch(
         token_loss_kernel,
         (R,),
-        config("token_loss", rows.device, rows.dtype, {"c": C}, rule(C)),
+        config("token_loss", logits.device, logits.dtype, {"c": C}, rule(C)),
         logits=logits,
         targets=targets,
         partial=partial,
@@ -195,171 +162,13 @@ def score(
     )
 
 
-def _sums(partial: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, rows with a target, rows whose best word is the target."""
-    return partial.sum(), (ranks >= 0).sum(), (ranks == 0).sum()
-
-
-def forward(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ignore: int,
-    vocabulary: int,
-    with_slope: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, count, correct, ranks [R], slope [R, C]; [0, C] without a backward)."""
-    R, C, dtype, device = rows.shape[0], weight.shape[0], rows.dtype, rows.device
-    logits = allocate((R, C), dtype, device)
-    partial = allocate((R,), torch.float32, device)
-    ranks = allocate((R,), torch.int32, device)
-    with as_given(device):
-        cast = None if bias is None else bias.to(dtype)
-        score(rows, weight.to(dtype), cast, targets, ignore, vocabulary, with_slope, logits, partial, ranks)
-    return *_sums(partial, ranks), ranks, logits if with_slope else logits.new_empty(0, C)
-
-
-def forward_chunked(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ignore: int,
-    vocabulary: int,
-    chunk: int,
-    learns: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, count, correct, ranks [R], and in float32 the gradients of rows, weight and bias, for a gradient of the
-    loss of 1). chunk: fewer than R rows. learns: which of the three are asked for; the others have length 0."""
-    (R, D), C, dtype, device = rows.shape, weight.shape[0], rows.dtype, rows.device
-    logits = allocate((chunk, C), dtype, device)
-    partial = allocate((R,), torch.float32, device)
-    ranks = allocate((R,), torch.int32, device)
-    d_rows = allocate((R if learns[0] else 0, D), torch.float32, device)
-    d_weight = allocate((C if learns[1] else 0, D), torch.float32, device)
-    d_bias = torch.zeros(C if learns[2] else 0, dtype=torch.float32, device=device)
-    with as_given(device):
-        cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        for start in range(0, R, chunk):
-            part = slice(start, min(start + chunk, R))
-            x, z = rows[part], logits[: part.stop - start]
-            score(
-                *(x, cast_weight, cast_bias, targets[part], ignore, vocabulary),
-                *(any(learns), z, partial[part], ranks[part]),
-            )
-            if learns[0]:
-                _add_product(d_rows[part], z, cast_weight, fresh=True)
-            if learns[1]:
-                _add_product(d_weight, z.T, x, fresh=start == 0)
-            if learns[2]:
-                d_bias += z.sum(0, dtype=torch.float32)
-    d_weight[vocabulary:].zero_()  # 0 times a row that is not a number would be none
-    return *_sums(partial, ranks), ranks, d_rows, d_weight, d_bias
-
-
-# ---- registration ---------------------------------------------------------------------------------------------------
-
-
-def _fake(rows: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    R, C = rows.shape[0], weight.shape[0]
-    count, correct = (rows.new_empty((), dtype=torch.int64) for _ in range(2))
-    slope = rows.new_empty(R if rest[-1] else 0, C)
-    return rows.new_empty((), dtype=torch.float32), count, correct, rows.new_empty(R, dtype=torch.int32), slope
-
-
-def _fake_chunked(rows: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    (R, D), C = rows.shape, weight.shape[0]
-    sums = _fake(rows, weight, False)[:4]
-    shapes = [(R, D), (C, D), (C,)]
-    kept = [(n if learns else 0, *more) for learns, (n, *more) in zip(rest[-1], shapes, strict=True)]
-    return *sums, *(rows.new_empty(shape, dtype=torch.float32) for shape in kept)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, weight, bias, _, _, ctx.vocabulary, _ = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[-1], rows, weight)
-
-
-def _backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    slope, rows, weight = ctx.saved_tensors
-    d_rows = d_weight = d_bias = None
-    with as_given(rows.device):
-        if ctx.needs_input_grad[0]:
-            d_rows = (product(slope, weight.to(rows.dtype), torch.float32) * gradient).to(rows.dtype)
-        if ctx.needs_input_grad[1]:
-            scaled = (rows.float() * gradient).to(rows.dtype)  # [R, D] is scaled, not [C, D]
-            d_weight = product(slope.T, scaled, weight.dtype)
-            d_weight[ctx.vocabulary :].zero_()
-        if ctx.needs_input_grad[2]:
-            d_bias = (slope.sum(0, dtype=torch.float32) * gradient).to(ctx.bias_dtype)
-    return d_rows, d_weight, d_bias, *[None] * 4
-
-
-def _setup_chunked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:3]]
-    ctx.learns = list(inputs[-1])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[-3:])
-
-
-def _backward_chunked(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    made = zip(ctx.saved_tensors, ctx.dtypes, ctx.learns, strict=True)
-    return *((d * gradient).to(dtype) if learns else None for d, dtype, learns in made), *[None] * 5
-
-
-def _flops(rows: Tensor, weight: Tensor, *_: Any) -> int:
-    """Of the forward; torch counts the two products of the backward."""
-    return 2 * rows.shape[0] * weight.shape[0] * weight.shape[1]
-
-
-def _flops_chunked(rows: Tensor, weight: Tensor, *rest: Any) -> int:
-    return _flops(rows, weight) * (1 + sum(rest[-1][:2]))
-
-
-_ARGUMENTS = "(Tensor rows, Tensor weight, Tensor? bias, Tensor targets, SymInt ignore, SymInt vocabulary, "
-token_loss = define(
-    "masked_token_loss",
-    _ARGUMENTS + "bool with_slope) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    forward,
-    _fake,
-    setup=_setup,
-    backward=_backward,
-    flops=_flops,
-)
-token_loss_chunked = define(
-    "masked_token_loss_chunked",
-    _ARGUMENTS + "SymInt chunk, bool[] learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    forward_chunked,
-    _fake_chunked,
-    setup=_setup_chunked,
-    backward=_backward_chunked,
-    flops=_flops_chunked,
-)
-
-
-def masked_token_loss(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ignore: int,
-    vocabulary: int,
-    budget_mib: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backend: as token_loss.py asks for it. budget_mib: of logits; BUDGET_MIB."""
-    learns = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (rows, weight, bias)]
-    budget = BUDGET_MIB if budget_mib is None else budget_mib
-    chunk = rows_of_a_chunk(rows.shape[0], weight.shape[0], rows.element_size(), budget)
-    call = (rows, weight, bias, targets.contiguous(), ignore, vocabulary)
-    if chunk >= rows.shape[0]:
-        return token_loss(*call, any(learns))[:4]
-    return token_loss_chunked(*call, chunk, learns)[:4]
-
-
 # ---- what base and large launch --------------------------------------------------------------------------------------
+
+
+def _alone(logits: Tensor, targets: Tensor, vocabulary: int, with_slope: bool) -> None:
+    R, device = len(logits), logits.device
+    losses, ranks = allocate((R,), torch.float32, device), allocate((R,), torch.int32, device)
+    row_losses(logits, targets, losses, ranks, -1, vocabulary, with_slope)
 
 
 def variants(device: str = "meta") -> Iterator[tuple[str, Callable[[], object]]]:
@@ -367,8 +176,8 @@ def variants(device: str = "meta") -> Iterator[tuple[str, Callable[[], object]]]
     where the tuner times them, over tensors that such a call may have."""
     for name, recipe in RECIPES.items():
         for with_slope in (True, False):
-            rows = torch.randn(4 * recipe.pairs, recipe.width, dtype=torch.bfloat16, device=device)
-            weight = torch.randn(recipe.vocabulary, recipe.width, dtype=torch.bfloat16, device=device) * 0.02
-            targets = torch.randint(0, recipe.words, (rows.shape[0],), device=device)
-            call = partial(forward, rows, weight, weight[:, 0].contiguous(), targets, -1, recipe.words, with_slope)
+            R = 4 * recipe.pairs
+            logits = torch.randn(R, recipe.vocabulary, dtype=torch.bfloat16, device=device)
+            targets = torch.randint(0, recipe.words, (R,), device=device)
+            call = partial(_alone, logits, targets, recipe.words, with_slope)
             yield f"{name}, {'loss and gradient' if with_slope else 'loss alone'}", call

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -160,6 +161,11 @@ def dot_dtype(dtype: torch.dtype) -> Any:
     if interpreting():
         return tl.float32
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def launcher(op: str, by: str) -> Any:
+    """The file of launchers of `op` written in `by` (triton, cuda), imported when it is first taken."""
+    return import_module(f"{__package__}.{op}_{by}")
 
 
 # ---- ops ------------------------------------------------------------------------------------------------------------

@@ -360,15 +360,15 @@ def test_readers_are_found_once_a_plan_and_not_without_a_gradient() -> None:
 
 @pytest.mark.parametrize("index", [None, [1, 1]])
 def test_it_is_a_torch_op(index: list[int] | None) -> None:
-    import mvle_kernels.attention_triton  # noqa: F401  registers it
+    import mvle_kernels.attention_op  # noqa: F401  registers it
 
     plan = plan_of([2, 3], [4, 1], index)
     inputs = [x.requires_grad_() for x in values(plan)]
     ends = plan.q.offsets, plan.k.offsets, plan.kv_index, None if index is None else plan.readers
-    assert_a_torch_op("ragged_attention", *inputs, *ends, 3, 4)
+    assert_a_torch_op("ragged_attention", *inputs, *ends, 3, 4, "triton")
     q, k, v = (x.detach() for x in inputs)
-    out, lse = torch.ops.mvle.ragged_attention(q, k, v, *ends, 3, 4)
-    assert_a_torch_op("ragged_attention_backward", q + 1, q, k, v, out, lse, *ends, 3, 4)
+    out, lse = torch.ops.mvle.ragged_attention(q, k, v, *ends, 3, 4, "triton")
+    assert_a_torch_op("ragged_attention_backward", q + 1, q, k, v, out, lse, *ends, 3, 4, "triton")
 
 
 @pytest.mark.parametrize("index", [None, [1, 1, 0]])

@@ -408,8 +408,10 @@ def test_they_are_torch_ops() -> None:
     keep, masked = masks(2, [1, 1])
     given = [x.requires_grad_() for x in leaves(2, 2, 3)]
     lists = [masked.rows, masked.offsets, keep.rows, keep.offsets]
-    assert_a_torch_op("embed_views", *given, lists, [1, 2], [0, 6, 10], 12)
-    assert_a_torch_op("embed_views_backward", numbers(6, 3), ints([[[0, 1, -4], [3, 4, 5]]]), True, torch.float32)
+    assert_a_torch_op("embed_views", *given, lists, [1, 2], [0, 6, 10], 12, "triton")
+    assert_a_torch_op(
+        "embed_views_backward", numbers(6, 3), ints([[[0, 1, -4], [3, 4, 5]]]), True, torch.float32, "triton"
+    )
     rows, token, positions = (x.requires_grad_() for x in (numbers(4, 3), numbers(3), numbers(3, 3)))
     two = keep.offsets + ints([0, 1, 2])
     assert_a_torch_op("insert_mask_tokens", rows, two, masked.rows, masked.offsets, token, positions, 8)

@@ -131,12 +131,12 @@ def test_any_shape(data: st.DataObject) -> None:
 
 
 def test_it_is_a_torch_op_and_compiles_as_one_graph() -> None:
-    import mvle_kernels.pixel_loss_triton  # noqa: F401  registers it
+    import mvle_kernels.pixel_loss_op  # noqa: F401  registers it
 
     prediction, images, rows = case(4, (2, 2), [1, -1, 3], torch.float32)
     scale, shift = [1 / 255] * 3, [-0.5] * 3
     leaf = prediction.requires_grad_()
-    assert_a_torch_op("masked_pixel_loss", leaf, images, rows, 4, scale, shift, True, True, False, True)
+    assert_a_torch_op("masked_pixel_loss", leaf, images, rows, 4, scale, shift, True, True, False, True, "triton")
     whole = compiled_whole(lambda x: loss(images, rows, 4)(x * 2))
     with use_backend("triton"):
         value = whole(leaf)

@@ -41,7 +41,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[ONE_BUFFER, CHUNKS], ids=["one buffer", "chunks"])
 def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mvle_kernels.token_loss_triton as it
+    import mvle_kernels.token_loss_op as it
 
     monkeypatch.setattr(it, "BUDGET_MIB", request.param)
 
@@ -223,7 +223,7 @@ def test_a_row_is_written_whole_and_nothing_beside_it() -> None:
 
 
 def test_chunks_are_of_about_equal_length_and_fit_the_budget() -> None:
-    from mvle_kernels.token_loss_triton import BUDGET_MIB, rows_of_a_chunk
+    from mvle_kernels.token_loss_op import BUDGET_MIB, rows_of_a_chunk
 
     assert rows_of_a_chunk(1024, 50304, 2, BUDGET_MIB) == 1024  # base is not cut
     assert rows_of_a_chunk(6000, 50304, 2, BUDGET_MIB) == 3000  # 5336 would fit: two of 3000, not 5336 and 664
@@ -249,7 +249,7 @@ def test_gradients_follow_the_gradient_of_the_loss_and_can_be_asked_for_again(dt
 
 
 def test_the_gradient_of_the_weight_is_summed_in_float32_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mvle_kernels.token_loss_triton as it
+    import mvle_kernels.token_loss_op as it
 
     monkeypatch.setattr(it, "BUDGET_MIB", 0.0)  # a row a chunk: in bfloat16 a sum of equal terms ends at 256 of them
     rows, weight, bias = case(1, D=1, C=4, dtype=torch.bfloat16)
@@ -299,7 +299,7 @@ def test_mixed_dtypes_mean_the_same_to_every_backend(weight: torch.dtype, rows: 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
-    import mvle_kernels.token_loss_triton as it
+    import mvle_kernels.token_loss_op as it
 
     R, D, C = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 9)), data.draw(st.integers(1, 70))
     V = data.draw(st.integers(1, C))
@@ -316,13 +316,13 @@ def test_any_shape(data: st.DataObject) -> None:
 
 
 def test_it_is_a_torch_op_and_compiles_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mvle_kernels.token_loss_triton as it
+    import mvle_kernels.token_loss_op as it
 
     rows, weight, bias = (x.requires_grad_() for x in case())
     targets = torch.tensor(TARGETS, device=DEVICE)
-    assert_a_torch_op("masked_token_loss", rows, weight, bias, targets, -1, 42, True)
+    assert_a_torch_op("masked_token_loss", rows, weight, bias, targets, -1, 42, True, "triton")
     learns = [True, True, True]
-    assert_a_torch_op("masked_token_loss_chunked", rows, weight, bias, targets, -1, 42, 3, learns)
+    assert_a_torch_op("masked_token_loss_chunked", rows, weight, bias, targets, -1, 42, 3, learns, "triton")
     for budget in (ONE_BUFFER, CHUNKS):
         monkeypatch.setattr(it, "BUDGET_MIB", budget)
         torch.compiler.reset()

@@ -1,0 +1,216 @@
+"""Compiles what lies beside this file: used by setup.py, by tests and by the regression check of kernels.
+
+    cuda        csrc/cuda by nvcc into one shared library for all architectures: it needs a torch's headers, no torch
+                with CUDA, and loads under every torch from TARGET on
+    emulated    the same files by the host's compiler into a library that runs the kernels on the CPU, for tests
+
+Sources are compiled side by side (MAX_JOBS), and again only where they, or a header that they include, changed.
+TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX") chooses the architectures, CUDA_HOME the toolkit, CXX the host's compiler.
+Needs Python alone; torch is found, not imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TARGET = "0x020a000000000000"  # 2.10, the oldest torch whose stable ABI has what is used
+ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+LIBRARY = "libmvle_cuda.so"
+
+
+class Missing(Exception):
+    """Something to compile with is not there; the message says what, and what to do."""
+
+
+# ---- what there is ---------------------------------------------------------------------------------------------------
+
+
+def cuda_home() -> Path:
+    """The folder of the CUDA toolkit: CUDA_HOME, or that of the nvcc on PATH. Raises Missing."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named is not None:
+        if not (Path(named) / "bin" / "nvcc").is_file():
+            raise Missing(f"no nvcc in CUDA_HOME={named}")
+        return Path(named)
+    found = shutil.which("nvcc")
+    if found is None:
+        raise Missing("nvcc is not on PATH and CUDA_HOME is not set: install the CUDA toolkit (12.8 or newer)")
+    # a script in the place of nvcc may lie anywhere: nvcc itself says where its toolkit is
+    said = subprocess.run([found, "-v", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    told = re.search(r"^#\$ TOP=(.*)$", said.stderr, re.MULTILINE)
+    return Path(told[1]).resolve() if told else Path(found).resolve().parent.parent
+
+
+def torch_include() -> Path:
+    """torch's headers. Raises Missing."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise Missing("torch is not in this environment: build with --no-build-isolation beside an installed torch")
+    return Path(spec.origin).parent / "include"
+
+
+def host_compiler() -> list[str]:
+    """The C++ compiler as a command: CXX, or c++, g++, clang++. Raises Missing."""
+    if named := os.environ.get("CXX"):
+        command = shlex.split(named)
+        if shutil.which(command[0]) is None:
+            raise Missing(f"no compiler CXX={named}")
+        return command
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise Missing("no C++ compiler on PATH: install one (g++ or clang++), or name it in CXX")
+
+
+def jobs() -> int:
+    """How many compilers run at once: MAX_JOBS, or one for each CPU."""
+    return max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+
+
+def architectures(text: str | None = None) -> list[str]:
+    """nvcc's flags for "8.0;9.0a;10.0+PTX", separated by semicolons or spaces. Raises ValueError."""
+    flags: list[str] = []
+    for name in re.split(r"[;\s]+", (text or os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).strip()):
+        parts = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
+        if parts is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST must be like {ARCHITECTURES!r}; got {name!r} in it")
+        number = parts[1] + parts[2]
+        if int(re.sub(r"\D", "", number)) < 80:
+            raise ValueError(f"kernels need compute capability 8.0 or newer; TORCH_CUDA_ARCH_LIST has {name!r}")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if parts[3]:
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+def common_flags() -> list[str]:
+    """For either compiler."""
+    include = torch_include()
+    # -isystem: torch's headers are not ours to warn about
+    return ["-std=c++17", f"-DTORCH_TARGET_VERSION={TARGET}", "-isystem", str(include)]
+
+
+def cuda_flags(strict: bool = False) -> list[str]:
+    """nvcc and its flags but the architectures. strict: warnings and spills are errors."""
+    flags = [str(cuda_home() / "bin" / "nvcc"), "-O3", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    if strict:
+        flags += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Werror", "-Xptxas", "--warn-on-spills"]
+    return [*flags, *common_flags()]
+
+
+def emulated_flags(strict: bool = False, sanitize: bool = False) -> list[str]:
+    """The host's compiler and its flags.
+
+    No contraction: a product and a sum are two roundings, so that results do not hang on the host. Aliasing: kernels
+    read memory as other types than it was written, as device code may.
+    """
+    flags = [*host_compiler(), "-x", "c++", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-DMVLE_EMULATED"]
+    flags += ["-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    if strict:
+        flags += ["-Wall", "-Wextra", "-Werror", "-Wno-clobbered"]  # clobbered: no local lives across a jump
+    if sanitize:
+        flags += ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    return [*flags, *common_flags()]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A source and its object."""
+
+    source: Path
+    target: Path
+    command: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the command, and of all that it read the last time."""
+        digest = hashlib.sha256(repr(self.command).encode())
+        for file in [self.source, *self._included()]:
+            digest.update(str(file).encode() + (file.read_bytes() if file.is_file() else b""))
+        return digest.hexdigest()
+
+    def _included(self) -> list[Path]:
+        """The headers of this folder; those of torch and CUDA are as their version, which is in the path."""
+        return sorted(file for file in self.source.parent.iterdir() if file.suffix in (".cuh", ".h"))
+
+    def up_to_date(self) -> bool:
+        """Whether the object is that of this source."""
+        noted = self.target.with_suffix(".made")
+        return self.target.is_file() and noted.is_file() and noted.read_text() == self.fingerprint
+
+    def make(self) -> str:
+        """Compile; what the compiler said. Raises RuntimeError with it if that fails."""
+        noted, fingerprint = self.target.with_suffix(".made"), self.fingerprint
+        noted.unlink(missing_ok=True)
+        said = run([*self.command, "-c", str(self.source), "-o", str(self.target)])
+        noted.write_text(fingerprint)
+        return said
+
+
+def run(command: Sequence[str]) -> str:
+    """What a command said. Raises RuntimeError with that if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\nended with {done.returncode}:\n{said}")
+    return said
+
+
+def compile_all(command: Sequence[str], folder: Path) -> tuple[list[Path], bool]:
+    """Every csrc/cuda/*.cu into `folder`: (objects, whether any was made anew)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    units = [Unit(s, folder / f"{s.stem}.o", tuple(command)) for s in sorted((HERE / "cuda").glob("*.cu"))]
+    stale = [unit for unit in units if not unit.up_to_date()]
+    with ThreadPoolExecutor(jobs()) as pool:
+        list(pool.map(Unit.make, stale))
+    return [unit.target for unit in units], bool(stale)
+
+
+def link(command: Sequence[str], objects: Sequence[Path], library: Path) -> None:
+    """Objects into a library, which appears whole or not at all. It names libtorch_cpu.so and no path of one: what is
+    loaded is the torch that was imported before."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    made = library.with_name(f".{library.name}.{os.getpid()}")
+    torch = ["-L", str(torch_include().parent / "lib"), "-ltorch_cpu"]
+    run([*command, "-shared", *map(str, objects), *torch, "-o", str(made)])
+    made.replace(library)
+
+
+def build_cuda(folder: Path, library: Path, strict: bool = False) -> Path:
+    """csrc/cuda by nvcc: objects into `folder`, and `library`. Raises Missing, ValueError, RuntimeError."""
+    flags = [*cuda_flags(strict), *architectures()]
+    objects, changed = compile_all(flags, folder)
+    if changed or not library.is_file():
+        # the static runtime: a library that loads where no CUDA is installed
+        link([flags[0], "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", *architectures()], objects, library)
+    return library
+
+
+def build_emulated(folder: Path, strict: bool = False, sanitize: bool = False) -> Path:
+    """csrc/cuda by the host's compiler, whole in `folder`. Raises Missing, RuntimeError."""
+    library = folder / "libmvle_cuda_emulated.so"
+    objects, changed = compile_all(emulated_flags(strict, sanitize), folder)
+    if changed or not library.is_file():
+        extra = ["-fsanitize=undefined"] if sanitize else []
+        link([*host_compiler(), *extra], objects, library)
+    return library
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[2] if len(sys.argv) > 2 else "build") / sys.argv[1]
+    print(build_cuda(where, where / LIBRARY) if sys.argv[1] == "cuda" else build_emulated(where))
