@@ -34,10 +34,10 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 15) else \
 	    "mvle needs Python 3.11 to 3.14; got %d.%d from $(PYTHON). Name another: make PYTHON=python3.12" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools pybind11
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	    --no-build-isolation --editable '.[test]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info kernels/mvle_kernels/native.json mvle/_host*.so kernels/mvle_kernels/libmvle_cuda.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

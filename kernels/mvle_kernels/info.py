@@ -1,0 +1,131 @@
+"""What this installation has: versions, native parts, backends; and for each thing missing, why and what to type.
+
+    python -m mvle_kernels.info
+
+Native parts are what setup.py compiles where it can: CUDA kernels (csrc/cuda) and the header pass over tar shards
+(csrc/host). Needs torch alone; starts no GPU work.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from . import cuda_support, optional, triton_support
+from .dispatch import OPS, explain
+
+BUILD = Path(__file__).parent / "native.json"
+AGAIN = "pip install --no-build-isolation --no-deps --force-reinstall . (in a clone)"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that may be there: `found` says what is, `missing` why it is not, `remedy` what to type."""
+
+    name: str
+    found: str = ""
+    missing: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        if not self.missing:
+            return f"{self.name:<15}{self.found}"
+        return f"{self.name:<15}missing: {self.missing}" + (
+            f"\n{'':<15}to have it: {self.remedy}" if self.remedy else ""
+        )
+
+
+def _built() -> dict[str, dict[str, str]]:
+    """What setup.py noted: {"built": extension -> how, "left out": extension -> why}."""
+    return json.loads(BUILD.read_text()) if BUILD.is_file() else {"built": {}, "left out": {}}
+
+
+def gpu() -> Part:
+    """The devices that torch sees."""
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        return Part("GPU", missing=why)
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Part("GPU", f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}")
+
+
+def triton() -> Part:
+    """The compiler of most kernels."""
+    if triton_support.INSTALLED:
+        return Part("triton", version("triton"))
+    return Part("triton", missing="not installed", remedy="pip install triton (Linux; torch's CUDA builds bring it)")
+
+
+def cuda_kernels() -> Part:
+    """The shared library from csrc/cuda."""
+    name, noted = "CUDA kernels", _built()
+    path = cuda_support.library()
+    if path is not None:
+        if reason := cuda_support.load():
+            return Part(name, missing=reason, remedy=AGAIN)
+        how = noted["built"].get("mvle_kernels.libmvle_cuda", "")
+        return Part(name, f"{how or 'built elsewhere'} ({path})")
+    why = noted["left out"].get("mvle_kernels.libmvle_cuda", "this installation was made without compiling them")
+    return Part(
+        name, missing=why, remedy=f"nvcc on PATH (CUDA toolkit 12.8 or newer) and torch installed, then {AGAIN}"
+    )
+
+
+def header_pass() -> Part:
+    """The extension from csrc/host, which reads the headers of tar shards."""
+    name, noted = "header pass", _built()
+    spec = find_spec("mvle")
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    if any(list(Path(folder).glob("_host*.so")) for folder in folders):
+        return Part(name, f"C++ ({noted['built'].get('mvle._host', 'built elsewhere')})")
+    why = noted["left out"].get("mvle._host", "this installation was made without compiling it")
+    remedy = f"a C++ compiler and pip install pybind11, then {AGAIN}"
+    return Part(name, missing=f"{why}; indexing takes its twin in Python", remedy=remedy)
+
+
+def library(name: str, remedy: str, state: tuple[str | None, str | None]) -> Part:
+    """A library that can serve in the place of our own code; state: its version, and why it cannot be used."""
+    found, why = state
+    return Part(name, missing=why, remedy=remedy) if why else Part(name, found or "")
+
+
+def parts() -> Iterator[Part]:
+    """Everything that may or may not be there."""
+    yield gpu()
+    yield triton()
+    yield cuda_kernels()
+    yield header_pass()
+    yield library("xformers", "pip install xformers", optional.xformers())
+    yield library(
+        "apex", "build NVIDIA's from its repository with its CUDA extensions (optim.backend=apex)", optional.apex()
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a clone
+        return "of a clone"
+
+
+def lines() -> Iterator[str]:
+    """What the program prints."""
+    yield f"mvle {_version('mvle')}, torch {torch.__version__}, Python {platform.python_version()} on {sys.platform}"
+    yield ""
+    yield from map(str, parts())
+    yield ""
+    yield "Backends of each op, in the order in which they are asked (explain(op, *arguments) judges a call):"
+    for name in sorted(OPS):
+        yield f"  {explain(name)}"
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))
