@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 TARGET = "0x020a000000000000"  # 2.10, the oldest torch whose stable ABI has what is used
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 LIBRARY = "libmvle_cuda.so"
+NOTES = re.compile(r"ptxas info|\s+\d+ bytes stack frame")
 
 
 class Missing(Exception):
@@ -106,9 +107,9 @@ def common_flags() -> list[str]:
 
 
 def cuda_flags() -> list[str]:
-    """nvcc and its flags but the architectures. A spilled register is a warning."""
+    """nvcc and its flags but the architectures. ptxas says what each kernel takes; a spilled register is a warning."""
     flags = [str(cuda_home() / "bin" / "nvcc"), "-O3", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
-    return [*flags, "-Xptxas", "--warn-on-spills", *common_flags()]
+    return [*flags, "-Xptxas", "-v,--warn-on-spills", *common_flags()]
 
 
 def emulated_flags(sanitize: bool = False) -> list[str]:
@@ -162,8 +163,14 @@ class Unit:
 
     @property
     def said(self) -> str:
-        """By the compiler: warnings, if anything."""
-        return self.target.with_suffix(".said").read_text().strip()
+        """By the compiler."""
+        return self.target.with_suffix(".said").read_text()
+
+    @property
+    def warnings(self) -> str:
+        """What it said but for ptxas's notes."""
+        lines = self.said.splitlines()
+        return "\n".join(line for line in lines if line.strip() and not NOTES.match(line))
 
 
 def run(command: Sequence[str]) -> str:
@@ -182,7 +189,7 @@ def compile_all(command: Sequence[str], folder: Path, strict: bool) -> tuple[lis
     stale = [unit for unit in units if not unit.up_to_date()]
     with ThreadPoolExecutor(jobs()) as pool:
         list(pool.map(Unit.make, stale))
-    warned = [f"{unit.source.name}:\n{unit.said}" for unit in units if unit.said]
+    warned = [f"{unit.source.name}:\n{unit.warnings}" for unit in units if unit.warnings]
     if strict and warned:
         raise RuntimeError("compilers warn, and no warning is allowed:\n" + "\n".join(warned))
     return [unit.target for unit in units], bool(stale)

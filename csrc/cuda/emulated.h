@@ -23,6 +23,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -42,6 +43,9 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+
+using std::max;
+using std::min;
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;

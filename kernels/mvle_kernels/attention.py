@@ -25,8 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import triton_support
-from .attention_libraries import installed, refuse_varlen, refuse_xformers, unasked_triton, varlen, xformers
+from . import cuda_support, triton_support
+from .attention_libraries import (
+    installed,
+    refuse_varlen,
+    refuse_xformers,
+    unasked_cuda,
+    unasked_triton,
+    varlen,
+    xformers,
+)
 from .dispatch import Op
 from .layout import equal_length, may_be_empty, pad, pad_index, padded_length, unpad
 from .packed import Packed, once
@@ -165,6 +173,23 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     from .attention_op import ragged_attention
 
     return ragged_attention(q, k, v, plan, by="triton")
+
+
+def _refuse_cuda(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
+    if not 16 <= q.shape[-1] <= 128:
+        return f"takes heads of 16 to 128 values; got {q.shape[-1]}"
+    longest = max(padded_length(plan.q), padded_length(plan.k))
+    if longest > 1024:
+        return f"takes sequences of at most 1024 rows; got {longest}"
+    index = () if plan.kv_index is None else (plan.kv_index,)
+    return cuda_support.refuse(q, k, v, plan.q.offsets, plan.k.offsets, *index, dtypes=cuda_support.HALVES)
+
+
+@ATTENTION.register("cuda", "the same, in tiles of 16 queries and 8 keys", _refuse_cuda, unasked_cuda)
+def _cuda(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    from .attention_op import ragged_attention
+
+    return ragged_attention(q, k, v, plan, by="cuda")
 
 
 ATTENTION.register("varlen", "torch's attention of packed sequences", refuse_varlen)(varlen)

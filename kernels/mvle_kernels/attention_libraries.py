@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import triton_support
+from . import cuda_support, triton_support
 from .layout import has_tail, may_be_empty, padded_length
 from .packed import once, row_index
 
@@ -76,8 +76,15 @@ def choice(plan: AttentionPlan) -> Choice:
 
 def unasked_triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     """Why a call that Triton could take goes elsewhere: on a CPU, or by the table, if that backend takes it."""
-    if reason := triton_support.unasked(q):
-        return reason
+    return triton_support.unasked(q) or _chosen_elsewhere(q, k, v, plan)
+
+
+def unasked_cuda(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
+    """The same of our CUDA kernels, which are asked where Triton cannot be had."""
+    return cuda_support.unasked(q) or _chosen_elsewhere(q, k, v, plan)
+
+
+def _chosen_elsewhere(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     found = choice(plan)
     refuse = {"varlen": refuse_varlen, "xformers": refuse_xformers}.get(found.backend)
     return str(found) if refuse is not None and refuse(q, k, v, plan) is None else None
