@@ -14,12 +14,7 @@ from types import TracebackType
 from typing import IO, NamedTuple
 
 from .errors import DataError
-
-BLOCK = 512
-_COMPRESSED = (
-    (b"\x1f\x8b", "gzip", "gunzip"), (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"), (b"BZh", "bzip2", "bunzip2"),
-    (b"\xfd7zXZ", "xz", "unxz"), (b"PK\x03\x04", "zip", "unzip and tar"),
-)  # fmt: skip
+from .headers import BLOCK, scan
 
 
 class Member(NamedTuple):
@@ -38,92 +33,14 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def members(path: str | os.PathLike[str], name: str | None = None) -> Iterator[Member]:
-    """The regular files of an uncompressed tar (ustar, GNU and pax long names). Raises DataError if it is damaged.
+    """The regular files of an uncompressed tar, as headers.py reads them. Raises DataError if it is damaged.
 
     name: what messages call the tar, where it is a copy of another file.
     """
-    name = name or os.fspath(path)
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        position, long_name = 0, None
-        if size < BLOCK:
-            raise DataError(_damage(name, 0, file.read()))
-        while position + BLOCK <= size:
-            file.seek(position)
-            header = file.read(BLOCK)
-            if not header.strip(b"\0"):  # the end-of-archive mark
-                return
-            length = _number(header[124:136])
-            if length is None or not _checksum_holds(header):
-                raise DataError(_damage(name, position, header))
-            start, kind = position + BLOCK, header[156:157]
-            position = start + -(-length // BLOCK) * BLOCK
-            if start + length > size:
-                raise DataError(
-                    f"{name} is cut off: a member at byte {start - BLOCK} needs {length} bytes, and the file ends "
-                    f"after {size}. Fetch or pack the shard again."
-                )
-            if kind == b"L":  # GNU: the name of the next member
-                long_name = file.read(length).rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif kind == b"x":  # pax: attributes of the next member
-                fields = _pax(file.read(length))
-                if "size" in fields:
-                    raise DataError(f"{name} holds a member of 8 GiB or more, which is no image. Pack it again.")
-                long_name = fields.get("path", long_name)
-            elif kind in (b"0", b"\0"):
-                yield Member(long_name or _name(header), start, length)
-                long_name = None
-            elif kind not in (b"g", b"K"):  # folders, links and devices carry no pair
-                long_name = None
-
-
-def _name(header: bytes) -> str:
-    name = header[:100].rstrip(b"\0").split(b"\0")[0]
-    prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-    return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
-
-
-def _number(field: bytes) -> int | None:
-    """An octal field, or GNU's base-256 form for sizes from 8 GiB on; None if it is neither."""
-    if field[:1] == b"\x80":
-        return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.split(b"\0")[0].strip() or b"0", 8)
-    except ValueError:
-        return None
-
-
-def _checksum_holds(header: bytes) -> bool:
-    return _number(header[148:156]) == sum(header[:148]) + sum(header[156:]) + 8 * 32
-
-
-def _damage(name: str, position: int, header: bytes) -> str:
-    if position:
-        return f"{name} must be a tar; the header at byte {position} is damaged. Fetch or pack the shard again."
-    if not header:
-        return f"{name} must be a tar; it is empty. Fetch or pack the shard again."
-    for magic, kind, command in _COMPRESSED:
-        if header.startswith(magic):
-            return (
-                f"{name} must be an uncompressed tar; it is {kind}, and images are read where they lie. Unpack it "
-                f"first: {command}, then name the .tar file."
-            )
-    if header.startswith(b"PAR1"):
-        return f"{name} must be a tar; it is parquet, a table that lies beside shards. Name the .tar files alone."
-    return f"{name} must be a tar; it begins with {header[:8]!r}. Name another file, or fetch or pack the shard again."
-
-
-def _pax(records: bytes) -> dict[str, str]:
-    fields, position = {}, 0
-    while position < len(records):
-        digits, space, _ = records[position:].partition(b" ")
-        if not space or not digits.isdigit() or int(digits) == 0:
-            break
-        record = records[position : position + int(digits)][len(digits) + 1 : -1]
-        key, _, value = record.partition(b"=")
-        fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        position += int(digits)
-    return fields
+    (found,) = scan([path], images=False, called=None if name is None else [name])
+    if isinstance(found, DataError):
+        raise found
+    yield from map(Member, map(found.name, range(len(found))), found.offsets.tolist(), found.sizes.tolist())
 
 
 class TarWriter:

@@ -1,0 +1,297 @@
+"""The header pass over tars: C++ and Python say the same of any file, and of good ones what tarfile and Pillow say."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, UnidentifiedImageError
+
+from mvle.data import decode, headers, headers_python
+from mvle.data.errors import DataError
+from mvle.data.headers import Headers, scan
+
+HOST = headers.host()[0] is not None
+compiled = pytest.mark.skipif(not HOST, reason=f"the compiled pass is not here: {headers.host()[1]}")
+BOTH = [pytest.param(True, marks=compiled, id="C++"), pytest.param(False, id="Python")]
+ENDING = bytes(1024)
+
+
+def rows(found: Headers | DataError) -> list[tuple[Any, ...]] | str:
+    """Every column, or what is wrong."""
+    if isinstance(found, DataError):
+        return str(found)
+    columns = (found.offsets, found.sizes, found.formats, found.orientations, found.widths, found.heights)
+    return [(found.name(i), *(int(column[i]) for column in columns)) for i in range(len(found))]
+
+
+def header(
+    name: bytes = b"a", size: bytes = b"00000000000\0", kind: bytes = b"0", checksum: int | None = None
+) -> bytes:
+    """A block of a tar."""
+    block = bytearray(512)
+    block[: len(name)], block[124:136], block[156:157] = name, size, kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % (sum(block) if checksum is None else checksum)
+    return bytes(block)
+
+
+def octal(size: int) -> bytes:
+    return b"%011o\0" % size
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def image(form: str, size: tuple[int, int] = (7, 5), mode: str = "RGB", **options: Any) -> bytes:
+    """A picture of a format as Pillow writes it."""
+    out = io.BytesIO()
+    Image.new(mode, size).save(out, form, **options)
+    return out.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+IMAGES = {
+    "jpeg": image("JPEG"),
+    "progressive": image("JPEG", (300, 200), progressive=True),
+    "grey": image("JPEG", mode="L"),
+    "cmyk": image("JPEG", mode="CMYK"),
+    "turned": image("JPEG", (31, 17), exif=turned(6)),
+    "turned, a long profile before its size": image("JPEG", (31, 17), exif=turned(8), icc_profile=bytes(90_000)),
+    "a long comment": image("JPEG", comment=bytes(60_000)),
+    "png": image("PNG"),
+    "16 bits": image("PNG", mode="I;16"),
+    "palette": image("PNG", mode="P"),
+    "webp": image("WEBP", (33, 20)),
+    "webp, lossless": image("WEBP", (33, 20), lossless=True),
+    "webp, alpha": image("WEBP", (33, 20), "RGBA", exif=turned(3)),
+    "gif": image("GIF"),
+    "bmp": image("BMP"),
+    "bmp, top down": image("BMP")[:22] + (-5 & 0xFFFFFFFF).to_bytes(4, "little") + image("BMP")[26:],
+}
+
+
+@pytest.mark.parametrize("native", BOTH)
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_has_the_size_and_turn_that_pillow_finds(name: str, native: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(header(b"a.img", octal(len(IMAGES[name]))) + padded(IMAGES[name]) + ENDING)
+    (found,) = scan([tmp_path / "a.tar"], compiled=native)
+    assert isinstance(found, Headers)
+    with Image.open(io.BytesIO(IMAGES[name])) as picture:
+        assert (found.widths[0], found.heights[0]) == picture.size
+        assert decode.FORMATS[found.formats[0]] == picture.format.lower()
+        if picture.format == "JPEG":
+            assert found.orientations[0] == picture.getexif().get(0x0112, 1)
+
+
+@pytest.mark.parametrize("native", BOTH)
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_that_tarfile_finds(form: int, native: bool, tmp_path: Path) -> None:
+    names = ["a.jpg", "b/" + "c" * 90 + ".txt", "d" * 60 + "/" + "e" * 90 + ".json", "empty"]
+    names += [] if form == tarfile.USTAR_FORMAT else ["f" * 300 + ".png", "ö/ü.jpg"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        for i, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 0 if name == "empty" else i * 700 + 1
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+            folder = tarfile.TarInfo(f"folder{i}")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            link = tarfile.TarInfo(f"link{i}" * (40 if form != tarfile.USTAR_FORMAT else 1))
+            link.type, link.linkname = tarfile.SYMTYPE, "x" * (300 if form != tarfile.USTAR_FORMAT else 9)
+            tar.addfile(link)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+    found = rows(scan([tmp_path / "a.tar"], compiled=native)[0])
+    assert [row[:3] for row in found] == expected and len(expected) == len(names)
+
+
+SPARSE_PAX = b"22 GNU.sparse.major=1\n"
+WRONG = {
+    "empty": (b"", "it is empty"),
+    "shorter than a block": (b"x" * 100, "it begins with"),
+    "gzip": (b"\x1f\x8b" + bytes(600), "it is gzip"),
+    "a wrong checksum": (header(checksum=5), "it begins with"),
+    "a wrong checksum further on": (header() + header(checksum=5), "the header at byte 512 is damaged"),
+    "a size that is no number": (header(size=b"0000000x000\0"), "it begins with"),
+    "a size past the end": (header(size=octal(10**6)), "is cut off: a member at byte 0 needs 1000000 bytes"),
+    "a size of 63 bits": (
+        header(size=b"\x80\0\0\0\x7f" + b"\xff" * 7),
+        "is cut off: .* needs 9223372036854775807 bytes",
+    ),
+    "a size of 64 bits": (header(size=b"\x80\0\0\0" + b"\xff" * 8), "it begins with"),
+    "a size of 88 bits": (header(size=b"\x80" + b"\xff" * 11), "it begins with"),
+    "a negative size": (header(size=b"\xff" * 12), "it begins with"),
+    "a member that is cut": (header(size=octal(600)) + bytes(500), "is cut off: .* needs 600 bytes"),
+    "a name of two MiB": (
+        header(kind=b"L", size=octal(2 << 20)) + bytes(2 << 20),
+        "a name or attributes of 2097152 bytes",
+    ),
+    "attributes of two MiB": (header(kind=b"x", size=octal(2 << 20)) + bytes(2 << 20), "attributes of 2097152 bytes"),
+    "a sparse file": (header() + header(kind=b"S"), "holds a sparse file at byte 512"),
+    "a sparse file of pax": (
+        header(kind=b"x", size=octal(22)) + padded(SPARSE_PAX) + header(),
+        "a sparse file at byte 1024",
+    ),
+    "a pax size past the end": (
+        header(kind=b"x", size=octal(12)) + padded(b"12 size=999\n") + header(),
+        "needs 999 bytes",
+    ),
+    "a pax size that is none": (
+        header(kind=b"x", size=octal(11)) + padded(b"11 size=-1\n") + header(),
+        "at byte 1024 is damaged",
+    ),
+    "a huge pax size": (
+        header(kind=b"x", size=octal(29)) + padded(b"29 size=99999999999999999999\n") + header(),
+        "at byte 1024 is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("native", BOTH)
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_told_with_its_place(case: str, native: bool, tmp_path: Path) -> None:
+    content, words = WRONG[case]
+    (tmp_path / "a.tar").write_bytes(content)
+    (found,) = scan([tmp_path / "a.tar"], compiled=native, called=["its name"])
+    with pytest.raises(DataError, match=f"(?s)^its name .*{words}"):
+        raise found if isinstance(found, DataError) else AssertionError(rows(found))
+
+
+@pytest.mark.parametrize("native", BOTH)
+def test_one_bad_shard_among_many_spoils_no_other(native: bool, tmp_path: Path) -> None:
+    for i in range(9):
+        (tmp_path / f"{i}.tar").write_bytes(header(b"%d.txt" % i, octal(1)) + padded(b"x") + ENDING)
+    (tmp_path / "4.tar").write_bytes(b"no tar at all")
+    (tmp_path / "5.tar").unlink()
+    (tmp_path / "6.tar").unlink()
+    (tmp_path / "6.tar").mkdir()
+    found = scan([tmp_path / f"{i}.tar" for i in range(9)], threads=3, compiled=native)
+    for i, shard in enumerate(found):
+        if i in (4, 5, 6):
+            assert isinstance(shard, DataError) and f"{i}.tar" in str(shard)
+        else:
+            assert isinstance(shard, Headers) and shard.name(0) == f"{i}.txt" and len(shard) == 1
+
+
+# ---- any file -------------------------------------------------------------------------------------------------------
+
+KINDS = [b"0", b"\0", b"5", b"2", b"L", b"K", b"x", b"g", b"S", b"7", b"\xff"]
+PAX = [
+    b"13 path=a/b.c\n",
+    b"12 size=513\n",
+    b"22 GNU.sparse.major=1\n",
+    b"9 path=\xff\n",
+    b"99 path=short\n",
+    b"0 a=b\n",
+]
+SIZES = st.one_of(
+    st.integers(0, 3000).map(octal),
+    st.sampled_from(
+        [b" 17\0", b"       17 \0", b"\0" * 12, b"777777777777", b"\x80" + bytes(10) + b"\x09", b"+7", b"0o7"]
+    ),
+    st.binary(min_size=12, max_size=12),
+)
+NAMES = st.one_of(st.sampled_from([b"a.jpg", b"x/y.z.png", b"\xff\xfe", b"", b"n" * 100]), st.binary(max_size=100))
+CONTENTS = st.one_of(
+    st.sampled_from([*IMAGES.values(), *PAX, b"", b"".join(PAX)]),
+    st.binary(max_size=700),
+    st.builds(lambda data, n: data[:n], st.sampled_from(list(IMAGES.values())), st.integers(0, 400)),
+)
+
+
+@st.composite
+def flipped(draw: st.DrawFn) -> bytes:
+    """An image with a few bytes that are not its own."""
+    data = bytearray(draw(st.sampled_from(list(IMAGES.values()))))
+    for _ in range(draw(st.integers(1, 4))):
+        data[draw(st.integers(0, min(len(data), 200) - 1))] = draw(st.integers(0, 255))
+    return bytes(data)
+
+
+@st.composite
+def tars(draw: st.DrawFn) -> bytes:
+    """Blocks and contents, most of which fit together; then, maybe, cut or with bytes that are not its own."""
+    parts = []
+    for _ in range(draw(st.integers(0, 6))):
+        content = draw(st.one_of(CONTENTS, flipped()))
+        size = octal(len(content)) if draw(st.integers(0, 5)) else draw(SIZES)
+        checksum = None if draw(st.integers(0, 15)) else draw(st.integers(0, 9000))
+        parts += [header(draw(NAMES), size, draw(st.sampled_from(KINDS)), checksum), padded(content)]
+    whole = bytearray(b"".join(parts) + (ENDING if draw(st.booleans()) else b""))
+    for _ in range(draw(st.integers(0, 3)) if whole and draw(st.booleans()) else 0):
+        whole[draw(st.integers(0, len(whole) - 1))] = draw(st.integers(0, 255))
+    return bytes(whole[: draw(st.integers(0, len(whole)))] if draw(st.integers(0, 3)) == 0 else whole)
+
+
+@compiled
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+@given(content=tars())
+def test_both_passes_say_the_same_of_any_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "any.tar"
+    path.write_bytes(content)
+    native, twin = (rows(scan([path], compiled=which)[0]) for which in (True, False))
+    assert native == twin
+
+
+@compiled
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.one_of(flipped(), CONTENTS))
+def test_both_passes_say_the_same_of_any_image(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "any.tar"
+    path.write_bytes(header(b"a", octal(len(content))) + padded(content) + ENDING)
+    assert rows(scan([path], compiled=True)[0]) == rows(scan([path], compiled=False)[0])
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=flipped())
+def test_a_size_that_is_found_is_that_of_pillow(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "any.tar"
+    path.write_bytes(header(b"a", octal(len(content))) + padded(content) + ENDING)
+    (found,) = scan([path], compiled=False)
+    assert isinstance(found, Headers)
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            size, form = picture.size, picture.format
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return  # what Pillow does not open has no size to compare
+    if form in ("JPEG", "PNG", "BMP") and found.widths[0]:
+        assert (found.widths[0], found.heights[0]) == size
+
+
+def test_an_installation_without_the_extension_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mvle._host", None)
+    headers.host.cache_clear()
+    try:
+        module, why = headers.host()
+        assert module is None and why.startswith("Python, since C++ is not there")
+        with pytest.raises(ImportError, match="C\\+\\+ is not there"):
+            scan([], compiled=True)
+    finally:
+        monkeypatch.undo()
+        headers.host.cache_clear()
+
+
+def test_the_twin_reads_no_more_than_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(headers_python.os, "pread", lambda *a: read.append(len(found := pread(*a))) or found)
+    (tmp_path / "a.tar").write_bytes(b"".join(header(b"%d" % i, octal(10**6)) + padded(bytes(10**6)) for i in range(5)))
+    assert len(scan([tmp_path / "a.tar"], compiled=False)[0]) == 5
+    assert sum(read) <= 6 * headers_python.WINDOW and np.max(read) <= headers_python.WINDOW
