@@ -308,6 +308,11 @@ class Machine {
 inline thread_local Machine machine;
 inline uint64_t seed = 0;  // of the next launch; each launch after it has another
 
+// For whoever loads a library of emulated kernels: the same order of threads again, or another.
+extern "C" inline __attribute__((used, visibility("default"))) void mvle_emulated_seed(uint64_t of_the_next_launch) {
+  seed = of_the_next_launch;
+}
+
 template <class T>
 struct Brought {
   static_assert(sizeof(T) <= 64);

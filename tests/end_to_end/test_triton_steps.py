@@ -21,7 +21,7 @@ from mvle.engine.train_step import StepResult, TrainStep
 from mvle.model.step import Choices
 
 from ..distributed.ranks import run_ranks
-from ..kernels.triton_checks import needs_triton
+from ..kernels.kernel_checks import needs_triton
 
 pytestmark = [needs_triton, pytest.mark.slow]
 PAIRS, WORDS = 4, 60

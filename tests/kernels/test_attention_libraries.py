@@ -164,7 +164,7 @@ def test_triton_steps_back_only_where_the_library_takes_the_call() -> None:
 
 def test_the_order_of_backends_and_what_a_cpu_takes() -> None:
     names = [b.name for b in OPS["ragged_attention"].backends]
-    assert names == ["triton", "varlen", "xformers", "dense", "reference"]
+    assert names == ["triton", "cuda", "varlen", "xformers", "dense", "reference"]
     plan = plan_of([3, 1], [2, 5])
     said = explain(ragged_attention, *[random(n, H, 16).float() for n in (4, 7, 7)], plan)
     assert "varlen refused: needs a GPU" in said and "xformers refused: " in said and "dense chosen" in said

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .compare import forget_lengths, layout
-from .triton_checks import (
+from .kernel_checks import (
     DEVICE,
     STORAGE,
     assert_a_torch_op,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mvle_kernels import launches, tune
 
-from .triton_checks import needs_triton
+from .kernel_checks import needs_triton
 
 CPU = torch.device("cpu")
 RULE = {"BLOCK_X": 64, "num_warps": 4}

@@ -1,5 +1,5 @@
-"""What the interpreter cannot tell of a kernel: rounding, races, capture, memory. What is not marked `gpu` runs on a
-CPU too, interpreted and at float32, so that a mistake in a test shows before a GPU is there."""
+"""What a CPU cannot tell of a kernel: rounding, races, capture, memory. What is not marked `gpu` runs on a CPU too,
+interpreted at float32 or emulated, so that a mistake in a test shows before a GPU is there."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from torch import Tensor
 
 from benchmarks.kernels import Problem, attention, insertion, patch_rows, pixel_loss, repetition, token_loss, views
 
-from .triton_checks import DEVICE, needs_triton
+from .kernel_checks import DEVICE, both_backends, under_test
 
-pytestmark = needs_triton
+pytestmark = both_backends
 CUDA = DEVICE.type == "cuda"
 SMALL = Recipe(48, 2, 96, patches=16, patch=4, tokens=20, words=70, vocabulary=128, masked=8)
 SIZE = Recipe(768, 12, 3072) if CUDA else SMALL
-DTYPE = torch.bfloat16 if CUDA else torch.float32
 PAIRS, REPEATS = (16, 100) if CUDA else (2, 2)
 CAPTIONS = (14, 3, 32, 9, 20, 11, 17, 5, 8, 25, 13, 12, 10, 16, 7, 30)[:PAIRS]
 ROWS = SIZE.patches + 1
@@ -65,19 +64,20 @@ def results(problem: Problem, backend: str) -> list[Tensor]:
         return [out.detach(), *(torch.autograd.grad(out, problem.leaves, gradient) if problem.leaves else ())]
 
 
-def with_triton(name: str, dtype: torch.dtype, like: Problem | None = None) -> Problem:
-    """The problem; skips where its op has no Triton kernel."""
-    problem = made(name, dtype, like)
-    if all(b.name != "triton" for b in OPS[problem.op].backends):
-        pytest.skip(f"{problem.op} has no Triton kernel")
+def with_kernel(name: str) -> Problem:
+    """The problem; skips where its op has no kernel of the backend under test. In bfloat16, but where Triton's
+    interpreter would cut it."""
+    problem = made(name, torch.bfloat16 if CUDA or under_test() == "cuda" else torch.float32)
+    if all(b.name != under_test() for b in OPS[problem.op].backends):
+        pytest.skip(f"{problem.op} has no kernel in {under_test()}")
     return problem
 
 
 @every_problem
 def test_the_error_is_at_most_twice_that_of_torchs_ops_of_the_same_dtype(name: str) -> None:
-    problem = with_triton(name, DTYPE)
+    problem = with_kernel(name)
     truth = results(made(name, torch.float64, problem), "reference")
-    ours, dense = results(problem, "triton"), results(problem, "dense")
+    ours, dense = results(problem, under_test()), results(problem, "dense")
 
     for i, (own, other, true) in enumerate(zip(ours, dense, truth, strict=True)):
         error, allowed = ((t.double() - true).abs().max().item() for t in (own, other))
@@ -88,11 +88,11 @@ def test_the_error_is_at_most_twice_that_of_torchs_ops_of_the_same_dtype(name: s
 
 @every_problem
 def test_it_is_bitwise_the_same_every_time(name: str) -> None:
-    problem = with_triton(name, DTYPE)
-    first = results(problem, "triton")
+    problem = with_kernel(name)
+    first = results(problem, under_test())
 
     for _ in range(REPEATS):
-        for one, again in zip(first, results(problem, "triton"), strict=True):
+        for one, again in zip(first, results(problem, under_test()), strict=True):
             assert one.equal(again)
 
 
@@ -104,11 +104,11 @@ def every(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 @pytest.mark.gpu
 @every_problem
 def test_it_never_waits_for_the_device_and_can_be_captured(name: str) -> None:
-    problem = with_triton(name, DTYPE)
+    problem = with_kernel(name)
     step = problem.step("auto", backward=bool(problem.leaves))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with use_backend("triton"):
+        with use_backend(under_test()):
             expected = every(step())  # compiles, and prepares what a plan keeps
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

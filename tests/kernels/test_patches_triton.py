@@ -25,7 +25,7 @@ from mvle_kernels.recipes import RECIPES
 from torch import Tensor
 
 from .compare import forget_lengths, layout
-from .triton_checks import (
+from .kernel_checks import (
     DEVICE,
     STORAGE,
     assert_a_torch_op,

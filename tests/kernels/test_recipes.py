@@ -20,7 +20,7 @@ from mvle.config import load_config
 from mvle.engine.memory import model_on_meta
 from mvle.model.model import MaskVLM
 
-from .triton_checks import DEVICE, needs_triton
+from .kernel_checks import DEVICE, needs_triton
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

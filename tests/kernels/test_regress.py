@@ -17,7 +17,7 @@ from mvle_kernels import compiled, regress
 from mvle_kernels.compiled import FIGURES, instructions, resources
 from mvle_kernels.triton_support import launch
 
-from .triton_checks import needs_triton
+from .kernel_checks import needs_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "file / variant / kernel / sm_90 aligned"

@@ -12,7 +12,7 @@ from mvle_kernels import explain, masked_token_loss, use_backend
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .triton_checks import (
+from .kernel_checks import (
     DEVICE,
     ROUNDING,
     STORAGE,

@@ -17,9 +17,9 @@ from mvle_kernels import launches
 from mvle_kernels.triton_support import Launch, captured, launch
 from torch import Tensor
 
+from .kernel_checks import DEVICE, far_apart, last_programs, needs_triton, vast
 from .test_attention_triton import plan_of, set_readers, values
 from .test_token_loss_triton import launched
-from .triton_checks import DEVICE, far_apart, last_programs, needs_triton, vast
 
 pytestmark = needs_triton
 CUDA = DEVICE.type == "cuda"
@@ -326,7 +326,7 @@ def test_sums_of_a_hub_that_lies_far_and_whose_parts_do(monkeypatch: pytest.Monk
 
 
 def test_the_token_loss_of_so_many_logits() -> None:
-    from mvle_kernels.token_loss_triton import score
+    from mvle_kernels.token_loss_triton import row_losses
 
     needs(6)
     C, V = 50304, 50265
@@ -334,8 +334,7 @@ def test_the_token_loss_of_so_many_logits() -> None:
     logits, targets = filled(R, C, last=2), torch.tensor([5, V - 1], device=DEVICE).repeat(R)[-R:]
     slope = logits[-2:].clone()
     partial, ranks = torch.empty(R, device=DEVICE), torch.empty(R, dtype=torch.int32, device=DEVICE)
-    x, weight = (torch.empty(n, 8, dtype=KIND, device=DEVICE) for n in (R, C))
-    run(score, x, weight, None, targets, -1, V, True, logits, partial, ranks, programs=2)
+    run(row_losses, logits, targets, partial, ranks, -1, V, True, programs=2)
     near, of = launched(slope, [5, V - 1], V)
     assert torch.equal(logits[-2:], slope) and torch.equal(partial[-2:], near) and torch.equal(ranks[-2:], of)
     assert slope.any(1).all()

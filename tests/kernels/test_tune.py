@@ -14,7 +14,7 @@ from mvle_kernels import launches, tune
 from mvle_kernels.triton_support import Launch, captured, interpreting
 from mvle_kernels.tune import Bench, candidates, merged, same
 
-from .triton_checks import DEVICE, needs_triton
+from .kernel_checks import DEVICE, needs_triton
 
 KEY = "double float32 x24"
 RULE = {"BLOCK_X": 32, "num_warps": 2, "num_stages": 1}

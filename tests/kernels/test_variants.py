@@ -14,7 +14,7 @@ from mvle_kernels import launches
 from mvle_kernels.recipes import RECIPES, Recipe
 from mvle_kernels.triton_support import captured
 
-from .triton_checks import DEVICE, guards, needs_triton
+from .kernel_checks import DEVICE, guards, needs_triton
 
 SMALL = Recipe(32, 2, 64, patches=4, patch=2, tokens=4, words=20, vocabulary=128, pairs=2, caption=3, masked=2)
 # more of each than the second and third axis of a grid have programs

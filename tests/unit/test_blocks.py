@@ -18,7 +18,7 @@ from mvle.engine.blocks import prepare_blocks
 from mvle.model.model import MaskVLM
 
 from ..helpers import make_batch, make_config, make_model
-from ..kernels.triton_checks import needs_triton
+from ..kernels.kernel_checks import needs_triton
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler (g++)")
 

@@ -1,20 +1,25 @@
-"""How a Triton kernel is held against its reference: by the interpreter on a CPU, or on the GPU that is there.
+"""How a kernel is held against its reference: on the GPU that is there, or on a CPU, where Triton's interpreter runs
+those in Triton and csrc/cuda/emulated.h those in CUDA.
 
+The helpers ask `under_test()` whose kernels they are to run: conftest.py has the mark that sets it.
 `guards()` puts bands of canaries around every buffer that a kernel fills, and NaN into it, so that what is written
 outside and what is not written inside both show. `guarded(x)` is an input with NaN before and behind it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from mvle_kernels import triton_support, use_backend
+from mvle_kernels import compiled_cuda, cuda_support, triton_support, use_backend
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,6 +32,79 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6, to
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's, which Python names from 3.13 on
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+# ---- whose kernels --------------------------------------------------------------------------------------------------
+
+both_backends = pytest.mark.backends("triton", "cuda")
+triton_alone = pytest.mark.backends("triton")  # about its block sizes, its launches
+EMULATED = Path(__file__).parents[2] / "build" / "emulated"
+_under_test = "triton"
+
+
+def under_test() -> str:
+    """The backend that a test is about."""
+    return _under_test
+
+
+@contextmanager
+def kernels_of(backend: str) -> Iterator[None]:
+    """`under_test()` for the length of a with block. Threads of emulated kernels take turns in the same order each
+    time."""
+    global _under_test
+    before, _under_test = _under_test, backend
+    if backend == "cuda" and DEVICE.type == "cpu":
+        order_of_threads(0)
+    try:
+        yield
+    finally:
+        _under_test = before
+
+
+@cache
+def unavailable(backend: str) -> str | None:
+    """Why kernels of a backend cannot run here, or None. Those in CUDA are compiled for the CPU where there is no GPU,
+    if their sources changed."""
+    if backend == "triton":
+        return None if find_spec("triton") else "triton is not installed"
+    if DEVICE.type == "cuda":
+        return cuda_support.load()
+    build = compiled_cuda.builder()
+    try:
+        cuda_support.emulate(build.build_emulated(EMULATED))
+    except build.Missing as missing:
+        return f"CUDA kernels cannot be compiled for the CPU: {missing}"
+    return None
+
+
+def says_that_it_can(said: str) -> bool:
+    """Whether `explain` says of the tested backend that it takes a call: on a CPU on demand alone, on a GPU of itself,
+    where no other comes first."""
+    if DEVICE.type == "cpu":
+        return f"{under_test()} not asked: the " in said
+    return f"{under_test()} chosen" in said or f"{under_test()} not needed: triton comes first" in said
+
+
+def order_of_threads(seed: int) -> None:
+    """The order in which threads of emulated kernels take turns, from the next launch on."""
+    set_seed = ctypes.CDLL(str(EMULATED / "libmvle_cuda_emulated.so")).mvle_emulated_seed
+    set_seed.argtypes = [ctypes.c_uint64]
+    set_seed(seed)
+
+
+def assert_no_order_of_threads_matters(op: Callable[..., Tensor], inputs: Sequence[Tensor], seeds: int = 8) -> None:
+    """Output and gradients of the CUDA kernels are bitwise the same in whatever order threads take turns: where a
+    barrier is missing they are not, for some order."""
+    found = []
+    for seed in range(seeds):
+        if DEVICE.type == "cpu":
+            order_of_threads(1000 * seed)
+        out, of_inputs = gradients(op, inputs, "cuda")
+        found.append([out, *of_inputs])
+    for other in found[1:]:
+        assert all(a.equal(b) for a, b in zip(found[0], other, strict=True)), "the order of threads shows in a result"
+
+
+# ---- buffers --------------------------------------------------------------------------------------------------------
 
 
 def canary(dtype: torch.dtype) -> float:
@@ -106,6 +184,9 @@ def last_programs(of: int, programs: int) -> Iterator[None]:
         yield
 
 
+# ---- results --------------------------------------------------------------------------------------------------------
+
+
 def gradients(
     op: Callable[..., Tensor], inputs: Sequence[Tensor], backend: str, seed: int = 0
 ) -> tuple[Tensor, list[Tensor]]:
@@ -122,11 +203,11 @@ def gradients(
 
 
 def assert_equals_reference(op: Callable[..., Tensor], inputs: Sequence[Tensor], *, slack: float = 1.0) -> None:
-    """Triton's output and gradients against the reference's in float64, to a few roundings of the inputs' dtype.
+    """The kernels' output and gradients against the reference's in float64, to a few roundings of the inputs' dtype.
 
     op takes the floating inputs alone; the others are bound already. slack: times as many roundings."""
     with guards():
-        got, got_gradients = gradients(op, inputs, "triton")
+        got, got_gradients = gradients(op, inputs, under_test())
     truth, true_gradients = gradients(op, [x.double() for x in inputs], "reference")
     tolerance = slack * ROUNDING[inputs[0].dtype]
     for name, a, b in zip(

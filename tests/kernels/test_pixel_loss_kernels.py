@@ -1,4 +1,4 @@
-"""The Triton pixel loss equals its reference, on patches of any size and images of any strides."""
+"""The pixel loss of each backend equals its reference, on patches of any size and images of any strides."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from hypothesis import strategies as st
 from mvle_kernels import explain, masked_pixel_loss, use_backend
 from torch import Tensor
 
-from .triton_checks import (
+from .kernel_checks import (
     DEVICE,
     STORAGE,
     assert_a_torch_op,
     assert_equals_reference,
+    assert_no_order_of_threads_matters,
+    both_backends,
     compiled_whole,
     far_apart,
     guarded,
-    needs_triton,
+    says_that_it_can,
     strided,
+    under_test,
 )
 
-pytestmark = needs_triton
+pytestmark = both_backends
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
@@ -90,7 +93,7 @@ def test_rows_that_name_no_patch_count_nothing_even_where_they_are_not_numbers()
     prediction, images, rows = case(4, (2, 2), [-1, 2, -1], torch.float32)
     prediction[0] = prediction[2] = float("nan")
     leaf = prediction.requires_grad_()
-    with use_backend("triton"):
+    with use_backend(under_test()):
         value = loss(images, rows, 4)(leaf)
         value.backward()
     assert value.isfinite() and leaf.grad is not None
@@ -101,7 +104,7 @@ def test_a_prediction_that_is_not_a_number_shows_in_the_loss_and_in_its_gradient
     prediction, images, rows = case(4, (2, 2), [1, 2], torch.float32)
     prediction[1, 5] = float("nan")
     leaf = prediction.requires_grad_()
-    with use_backend("triton"):
+    with use_backend(under_test()):
         value = loss(images, rows, 4, "l1")(leaf)
         value.backward()
     assert value.isnan() and leaf.grad is not None and leaf.grad[1, 5].isnan() and leaf.grad[0].isfinite().all()
@@ -109,7 +112,7 @@ def test_a_prediction_that_is_not_a_number_shows_in_the_loss_and_in_its_gradient
 
 def test_no_rows_and_no_gradient() -> None:
     prediction, images, rows = case(4, (2, 2), [], torch.float32)
-    with use_backend("triton"):
+    with use_backend(under_test()):
         assert loss(images, rows, 4)(prediction) == 0
         prediction, images, rows = case(4, (2, 2), [1], torch.float32)
         value = loss(images, rows, 4)(prediction)
@@ -136,9 +139,9 @@ def test_it_is_a_torch_op_and_compiles_as_one_graph() -> None:
     prediction, images, rows = case(4, (2, 2), [1, -1, 3], torch.float32)
     scale, shift = [1 / 255] * 3, [-0.5] * 3
     leaf = prediction.requires_grad_()
-    assert_a_torch_op("masked_pixel_loss", leaf, images, rows, 4, scale, shift, True, True, False, True, "triton")
+    assert_a_torch_op("masked_pixel_loss", leaf, images, rows, 4, scale, shift, True, True, False, True, under_test())
     whole = compiled_whole(lambda x: loss(images, rows, 4)(x * 2))
-    with use_backend("triton"):
+    with use_backend(under_test()):
         value = whole(leaf)
         value.backward()
         expected = loss(images, rows, 4)(leaf * 2)
@@ -149,6 +152,14 @@ def test_it_is_a_torch_op_and_compiles_as_one_graph() -> None:
 def test_explain_says_when_it_is_taken() -> None:
     prediction, images, rows = case(4, (2, 2), [1], torch.float64)
     said = explain(masked_pixel_loss, prediction, images, rows, 4, MEAN, STD, "l1", False)
-    assert "triton refused: takes float32, bfloat16, float16; got torch.float64" in said and "dense chosen" in said
+    assert f"{under_test()} refused: takes float32, bfloat16, float16; got torch.float64" in said
+    assert "dense chosen" in said
     said = explain(masked_pixel_loss, prediction.float(), images, rows, 4, MEAN, STD, "l1", False)
-    assert ("triton chosen" if DEVICE.type == "cuda" else "triton not asked: the interpreter is for checks") in said
+    assert says_that_it_can(said)
+
+
+@pytest.mark.backends("cuda")
+def test_no_order_of_threads_matters() -> None:
+    for patch in (4, 16):
+        prediction, images, rows = case(patch, (2, 2), [1, -1, 3, 9, 4, 2], torch.float32)
+        assert_no_order_of_threads_matters(loss(images, rows, patch), [prediction])
