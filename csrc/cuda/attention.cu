@@ -180,7 +180,7 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
       constexpr int P = decltype(padded)::value;
       // about 72 KiB of keys and values: two blocks or more on a multiprocessor
       constexpr int most = 18432 / PITCH<P> / KEYS * KEYS;
-      f.span = int(std::min<int64_t>(most, (max_k + KEYS - 1) / KEYS * KEYS));
+      f.span = int(std::min<int64_t>(most, (std::max<int64_t>(max_k, 1) + KEYS - 1) / KEYS * KEYS));
       const size_t bytes = sizeof(T) * PITCH<P> * (2 * f.span + warps * TILE);
       launch("ragged_attention", place, attention_kernel<T, P>, dim3(f.work + f.fill), 32 * warps, bytes,
              rows_of<const T>(q), rows_of<const T>(k), rows_of<const T>(v), rows_of<T>(out), f);

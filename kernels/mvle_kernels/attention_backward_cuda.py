@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention import split_readers
-from .attention_cuda import parts_of
+from .attention_cuda import layout_of, parts_of
 from .cuda_support import native
 from .triton_support import allocate
 
@@ -37,7 +37,7 @@ def backward(
         chunks, slots, order = split_readers(readers, sequences, contexts, max_q)
         hubs = len(slots) // 4
     part_k, part_v = (allocate((hubs, max_k, H, E), torch.float32, device) for _ in range(2))
-    layout = q_offsets, k_offsets, kv_index, order, chunks, slots
+    layout = *layout_of(q_offsets, k_offsets, kv_index), order, chunks, slots
     sums = delta, part_k, part_v, dq, dk, dv
     run = native(q).attention_backward
     run(gradient, q, k, v, out, lse, *layout, *sums, max_q, max_k, 1 / math.sqrt(E), parts_of(max_q, sequences * H))

@@ -15,6 +15,11 @@ LOG2_E = math.log2(math.e)
 ENOUGH = 1024  # blocks that fill a GPU several times over
 
 
+def layout_of(q_offsets: Tensor, k_offsets: Tensor, kv_index: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As kernels read them: int32."""
+    return q_offsets.int(), k_offsets.int(), None if kv_index is None else kv_index.int()
+
+
 def parts_of(max_q: int, sequences: int) -> int:
     """How many blocks share the queries of one sequence and head: one, which fetches the context once, unless there
     would be too few blocks; at most one for each 64 queries."""
@@ -38,6 +43,6 @@ def forward(
     sequences, order = q_offsets.numel() - 1, None
     if readers is not None:
         order = split_readers(readers, sequences, k_offsets.numel() - 1, max_q)[2]
-    call = q, k, v, q_offsets, k_offsets, kv_index, order, out, lse, max_q, max_k
+    call = q, k, v, *layout_of(q_offsets, k_offsets, kv_index), order, out, lse, max_q, max_k
     native(q).attention_forward(*call, LOG2_E / math.sqrt(E), parts_of(max_q, sequences * H))
     return out, lse

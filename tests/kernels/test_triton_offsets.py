@@ -18,7 +18,7 @@ from mvle_kernels.triton_support import Launch, captured, launch
 from torch import Tensor
 
 from .kernel_checks import DEVICE, far_apart, last_programs, needs_triton, vast
-from .test_attention_triton import plan_of, set_readers, values
+from .test_attention_kernels import plan_of, set_readers, values
 from .test_token_loss_triton import launched
 
 pytestmark = needs_triton

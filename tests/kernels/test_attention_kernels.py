@@ -1,4 +1,4 @@
-"""Triton's ragged attention equals its reference, forward and backward, whatever the lengths and whoever reads whom."""
+"""Ragged attention of each backend equals its reference, both ways, whatever the lengths and whoever reads whom."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mvle_kernels import AttentionPlan, attention_plan, explain, ragged_attention, use_backend
 from mvle_kernels.attention import reader_sizes, readers_a_chunk, readers_of
+from mvle_kernels.triton_support import launcher
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .compare import forget_lengths, layout
 from .kernel_checks import (
     DEVICE,
+    ROUNDING,
     STORAGE,
     assert_a_torch_op,
     assert_equals_reference,
+    assert_no_order_of_threads_matters,
+    both_backends,
     compiled_whole,
     far_apart,
     gradients,
     guarded,
     guards,
-    needs_triton,
+    says_that_it_can,
     strided,
+    triton_alone,
+    under_test,
 )
 
-pytestmark = needs_triton
+pytestmark = both_backends
 H = 2
 
 
@@ -38,8 +44,16 @@ def plan_of(q: Sequence[int], k: Sequence[int], index: Sequence[int] | None = No
     return attention_plan(layout(q, tail=tail).to(DEVICE), layout(k, tail=tail).to(DEVICE), named)
 
 
-def values(plan: AttentionPlan, head: int = 16, dtype: torch.dtype = torch.float32, heads: int = H) -> list[Tensor]:
+def storage() -> tuple[torch.dtype, ...]:
+    """What the backend takes: those in CUDA 16 bits alone. The first is the most exact."""
+    return STORAGE if under_test() == "triton" else (torch.float16, torch.bfloat16)
+
+
+def values(plan: AttentionPlan, head: int = 16, dtype: torch.dtype | None = None, heads: int = H) -> list[Tensor]:
     """q, k, v."""
+    dtype = dtype or storage()[0]
+    if dtype not in storage():
+        pytest.skip(f"kernels in CUDA take no {dtype}")
     draw = torch.Generator().manual_seed(head)
     rows = plan.q.total, plan.k.total, plan.k.total
     return [torch.randn(n, heads, head, generator=draw).to(DEVICE, dtype) for n in rows]
@@ -112,7 +126,7 @@ def test_a_quarter_of_the_queries_on_one_pair() -> None:
     plan = plan_of([2] * 136, [3] * 8, index)
     assert index.count(7) > readers_a_chunk(2), "the hub needs more than one chunk"
     assert_equals_reference(attend(plan), values(plan, heads=1))
-    first, again = (gradients(attend(plan), values(plan, heads=1), "triton") for _ in range(2))
+    first, again = (gradients(attend(plan), values(plan, heads=1), under_test()) for _ in range(2))
     assert first[0].equal(again[0]) and all(map(torch.equal, first[1], again[1]))
 
 
@@ -166,6 +180,7 @@ def test_lengths_that_only_the_device_knows(indexed: bool) -> None:
     assert_equals_reference(attend(plan), [guarded(x) for x in values(plan)])
 
 
+@triton_alone
 @pytest.mark.parametrize("offset", [-1000.0, 1000.0])
 @pytest.mark.parametrize("keys", [64, 16])  # held whole, and in blocks
 def test_scores_far_from_zero(offset: float, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +188,7 @@ def test_scores_far_from_zero(offset: float, keys: int, monkeypatch: pytest.Monk
     plan = plan_of([3], [40])
     q, k, v = values(plan)
     q[..., 0], k[..., 0] = 1.0, offset  # to every score the same: softmax does not see it
-    out, found = gradients(attend(plan), [q, k, v], "triton")
+    out, found = gradients(attend(plan), [q, k, v], under_test())
     expected, truth = gradients(attend(plan), [x.double() for x in (q, k, v)], "reference")
     torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
     for got, true in zip(found, truth, strict=True):  # that of q has sums of ds times 1000
@@ -187,7 +202,7 @@ def test_any_layout(data: st.DataObject) -> None:
     q, k = data.draw(lengths), data.draw(lengths)
     index = [data.draw(st.integers(0, len(k) - 1)) for _ in q]
     plan = plan_of(q, k, index, data.draw(st.integers(0, 3)))
-    head, dtype = data.draw(st.integers(16, 40)), data.draw(st.sampled_from(STORAGE))
+    head, dtype = data.draw(st.integers(16, 40)), data.draw(st.sampled_from(storage()))
     assert_equals_reference(attend(plan), values(plan, head, dtype, heads=1), slack=4)
 
 
@@ -215,13 +230,14 @@ def test_each_tensor_has_strides_of_its_own(one: int, keys: int, monkeypatch: py
 def test_a_gradient_of_any_strides() -> None:
     plan = plan_of([3, 2], [4, 3])
     grads = []
-    for backend in ("triton", "reference"):
+    for backend in (under_test(), "reference"):
         leaves = [x.requires_grad_() for x in values(plan)]
         with use_backend(backend):
             attend(plan)(*leaves).sum().backward()  # strides 0
             (attend(plan)(*leaves).transpose(0, 1) * values(plan)[0].transpose(0, 1).contiguous()).sum().backward()
         grads.append([x.grad for x in leaves])
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+    near = 2 * ROUNDING[grads[0][0].dtype]
+    torch.testing.assert_close(*grads, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("tiles", [None, 16])
@@ -249,9 +265,10 @@ def test_heads_that_lie_far_apart(far: int, tiles: int | None, monkeypatch: pyte
 @pytest.mark.parametrize("tiles", [None, 16])
 @pytest.mark.parametrize("axis", [0, 1])  # rows, and heads
 def test_a_gradient_that_lies_far_apart(axis: int, tiles: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mvle_kernels.attention_backward_triton import backward
-    from mvle_kernels.attention_triton import forward
-
+    forward, backward = (
+        launcher("attention", under_test()).forward,
+        launcher("attention_backward", under_test()).backward,
+    )
     if tiles:
         set_tiles(monkeypatch)
     plan = plan_of([3], [20] if tiles else [4])
@@ -275,7 +292,7 @@ def test_a_sequence_that_is_not_finite_reaches_no_other(
     plan = plan_of([3, 1, 4, 2], [20, 2, 3] if index else [20, 2, 3, 4], index, tail=2)
     broken = 0 if index is None else 1  # a query sequence, and the context that it alone reads
     context = 0 if index is None else 2
-    clean = gradients(attend(plan), values(plan), "triton")
+    clean = gradients(attend(plan), values(plan), under_test())
     inputs = values(plan)
     ends = [p.offsets.tolist() for p in (plan.q, plan.k, plan.k)]
     inputs[0][ends[0][broken]] = float("nan")
@@ -283,7 +300,7 @@ def test_a_sequence_that_is_not_finite_reaches_no_other(
     inputs[2][ends[2][context]] = float("nan")
     for x, layout_ends in zip(inputs, ends, strict=True):
         x[layout_ends[-1] :] = float("nan")  # nor does what lies in a tail matter
-    out, grads = gradients(attend(plan), inputs, "triton")
+    out, grads = gradients(attend(plan), inputs, under_test())
     assert out[ends[0][broken] : ends[0][broken + 1]].isnan().any()
     for got, expected, of in zip([out, *grads], [clean[0], *clean[1]], [ends[0], *ends], strict=True):
         one = broken if of is ends[0] else context
@@ -291,6 +308,7 @@ def test_a_sequence_that_is_not_finite_reaches_no_other(
         assert torch.equal(got[others], expected[others])
 
 
+@triton_alone
 def test_nobody_writes_or_reads_the_sums_of_a_tail() -> None:
     from mvle_kernels.attention_backward_triton import backward
     from mvle_kernels.attention_triton import forward
@@ -309,7 +327,7 @@ def test_an_empty_context_gives_zeros_whatever_the_query() -> None:
     plan = plan_of([2, 3], [0, 2])
     inputs = values(plan)
     inputs[0][:2] = float("nan")
-    out, grads = gradients(attend(plan), inputs, "triton")
+    out, grads = gradients(attend(plan), inputs, under_test())
     assert not out[:2].any() and out[2:].all()
     assert not grads[0][:2].any() and all(bool(g.isfinite().all()) for g in (out, *grads))
 
@@ -346,7 +364,7 @@ def test_chunks_hold_every_reader_once_and_none_walks_long(data: st.DataObject) 
 def test_readers_are_found_once_a_plan_and_not_without_a_gradient() -> None:
     plan = plan_of([2, 1, 4], [3, 2], [1, 0, 1])
     q, k, v = values(plan)
-    with use_backend("triton"):
+    with use_backend(under_test()):
         plain = attend(plan)(q, k, v)
         assert not plan.cache
         assert attend(plan)(q.requires_grad_(), k, v).equal(plain)
@@ -365,10 +383,10 @@ def test_it_is_a_torch_op(index: list[int] | None) -> None:
     plan = plan_of([2, 3], [4, 1], index)
     inputs = [x.requires_grad_() for x in values(plan)]
     ends = plan.q.offsets, plan.k.offsets, plan.kv_index, None if index is None else plan.readers
-    assert_a_torch_op("ragged_attention", *inputs, *ends, 3, 4, "triton")
+    assert_a_torch_op("ragged_attention", *inputs, *ends, 3, 4, under_test())
     q, k, v = (x.detach() for x in inputs)
-    out, lse = torch.ops.mvle.ragged_attention(q, k, v, *ends, 3, 4, "triton")
-    assert_a_torch_op("ragged_attention_backward", q + 1, q, k, v, out, lse, *ends, 3, 4, "triton")
+    out, lse = torch.ops.mvle.ragged_attention(q, k, v, *ends, 3, 4, under_test())
+    assert_a_torch_op("ragged_attention_backward", q + 1, q, k, v, out, lse, *ends, 3, 4, under_test())
 
 
 @pytest.mark.parametrize("index", [None, [1, 1, 0]])
@@ -379,7 +397,7 @@ def test_it_compiles_as_one_graph(index: list[int] | None) -> None:
     grads = []
     for function in (whole, lambda *qkv: run(*qkv) * 2):
         leaves = [x.requires_grad_() for x in values(plan)]
-        with use_backend("triton"):
+        with use_backend(under_test()):
             out = function(*leaves)
             out.sum().backward()
         grads.append([out.detach(), *(x.grad for x in leaves)])
@@ -389,10 +407,10 @@ def test_it_compiles_as_one_graph(index: list[int] | None) -> None:
 def test_autocast_leaves_it_what_it_is_given() -> None:
     plan = plan_of([2, 3], [4, 1])
     inputs = values(plan)
-    expected = gradients(attend(plan), inputs, "triton")
+    expected = gradients(attend(plan), inputs, under_test())
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        out, grads = gradients(attend(plan), inputs, "triton")
-    assert out.dtype == torch.float32 and out.equal(expected[0]) and all(map(torch.equal, grads, expected[1]))
+        out, grads = gradients(attend(plan), inputs, under_test())
+    assert out.dtype == inputs[0].dtype and out.equal(expected[0]) and all(map(torch.equal, grads, expected[1]))
 
 
 @pytest.mark.parametrize("index", [None, [0, 1, 1]])
@@ -402,7 +420,7 @@ def test_flops_are_those_of_the_products_of_equal_lengths(index: list[int] | Non
     counter = FlopCounterMode(display=False)
     for op in [op for op in counter.flop_registry if str(op).startswith("mvle.")]:
         del counter.flop_registry[op]  # as one made before the first call has none of them
-    with counter, use_backend("triton"):
+    with counter, use_backend(under_test()):
         attend(plan)(*leaves).sum().backward()
     product = 2 * H * 16 * 3 * 2 * 5
     found = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
@@ -419,10 +437,11 @@ def test_repeated_calls_are_bitwise_equal_and_need_no_plan() -> None:
         max_k=4,
         kv_index=plan.kv_index.long(),
     )
-    first, again = gradients(attend(plan), values(plan), "triton"), gradients(bare, values(plan), "triton")
+    first, again = gradients(attend(plan), values(plan), under_test()), gradients(bare, values(plan), under_test())
     assert first[0].equal(again[0]) and all(map(torch.equal, first[1], again[1]))
 
 
+@triton_alone
 def test_explain_says_when_it_is_taken() -> None:
     def say(head: int, dtype: torch.dtype, longest: int = 3) -> str:
         plan = plan_of([2, longest], [3, 3])
@@ -436,6 +455,73 @@ def test_explain_says_when_it_is_taken() -> None:
     assert taken in say(16, torch.float32, 1024)
 
 
+@pytest.mark.backends("cuda")
+def test_explain_says_when_cuda_is_taken() -> None:
+    def say(head: int, dtype: torch.dtype, longest: int = 9) -> str:
+        plan = plan_of([2, longest], [3, 3])
+        q = torch.zeros(plan.q.total, 1, head, dtype=dtype, device=DEVICE)
+        return explain(ragged_attention, q, q[: plan.k.total], q[: plan.k.total], plan)
+
+    assert "cuda refused: takes bfloat16, float16; got torch.float32" in say(16, torch.float32)
+    assert "cuda refused: takes heads of 16 to 128 values; got 8" in say(8, torch.float16)
+    assert "cuda refused: takes sequences of at most 1024 rows; got 1025" in say(16, torch.float16, 1025)
+    assert says_that_it_can(say(16, torch.float16, 1024))
+
+
+# ---- CUDA alone: what its own tiles and blocks do -------------------------------------------------------------------
+
+cuda_alone = pytest.mark.backends("cuda")
+LONG = [(128, [70, 3, 17, 64], [200, 81, 80, 15]), (64, [33, 130], [300, 241]), (16, [5, 65], [730, 79])]
+
+
+@cuda_alone
+@pytest.mark.parametrize(("head", "q", "k"), LONG)  # more keys than lie in registers, and in shared memory
+def test_contexts_of_several_blocks_of_keys(head: int, q: list[int], k: list[int]) -> None:
+    plan = plan_of(q, k, tail=1)
+    assert_equals_reference(attend(plan), [guarded(x) for x in values(plan, head, heads=1)], slack=2)
+
+
+@cuda_alone
+@pytest.mark.parametrize(
+    "k", [5, 16, 17, 32, 33, 64, 70]
+)  # one, two and four tiles of keys a block, and several blocks
+@pytest.mark.parametrize("q", [7, 17, 100])  # one, two and four warps
+def test_every_way_to_share_keys_and_queries_among_warps(q: int, k: int) -> None:
+    plan = plan_of([q, 1], [k, 2], tail=2)
+    assert_equals_reference(attend(plan), [guarded(x) for x in values(plan, heads=1)], slack=2)
+
+
+@cuda_alone
+def test_scores_far_from_zero_in_16_bits() -> None:
+    for offset, keys in ((-1000.0, 40), (1000.0, 40), (1000.0, 100)):
+        plan = plan_of([3], [keys])
+        q, k, v = values(plan)
+        q[..., 0], k[..., 0] = 1.0, offset
+        out, _ = gradients(attend(plan), [q, k, v], under_test())
+        expected, _ = gradients(attend(plan), [x.double() for x in (q, k, v)], "reference")
+        torch.testing.assert_close(out.double(), expected, rtol=4e-3, atol=4e-3)
+
+
+@cuda_alone
+@pytest.mark.parametrize("index", [None, [1, 0, 1, 1, 1]])
+def test_the_order_in_which_threads_take_turns_does_not_matter(
+    index: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_readers(monkeypatch, 2)
+    plan = plan_of([20, 3, 70, 2, 5], [18, 90] if index else [18, 90, 5, 1, 3], index, tail=1)
+    assert_no_order_of_threads_matters(attend(plan), values(plan, heads=1), seeds=4)
+
+
+@cuda_alone
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_blocks_that_share_the_queries_of_a_sequence(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in ("attention_cuda", "attention_backward_cuda"):
+        monkeypatch.setattr(f"mvle_kernels.{file}.parts_of", lambda *_: parts)
+    plan = plan_of([150, 20], [30, 90])
+    assert_equals_reference(attend(plan), values(plan, heads=1), slack=2)
+
+
+@triton_alone
 def test_what_base_and_large_launch_can_be_collected_without_memory() -> None:
     from mvle_kernels import attention_backward_triton, attention_triton, launches, triton_support
 
