@@ -2,9 +2,10 @@
 //
 // A launch runs one block after another. The threads of a block are fibers of one CPU thread: each runs until it meets
 // others (a barrier, or an operation of a warp), or ends, and then any other that can run goes on, drawn at random
-// (`seed`). So what stands between two meetings happens in another order each time, and a missing barrier shows as a
-// wrong result for some seed. Shared memory is NaN before each block and has guards behind it; lanes and threads that
-// do not come to a meeting, or to another one, are errors with the place of each.
+// (`seed`); in half of the blocks some warps are drawn far more often, so that they run ahead. So what stands between
+// two meetings happens in another order each time, and a missing barrier shows as a wrong result for some seed. Shared
+// memory is NaN before each block and has guards behind it; lanes and threads that do not come to a meeting, or to
+// another one, are errors with the place of each.
 //
 // What this cannot show, since it has one CPU thread and the CPU's memory:
 //   - races between blocks, and memory order: every write is seen at once, in the order of the program
@@ -190,6 +191,8 @@ class Machine {
   std::vector<std::unique_ptr<Meeting>> meetings_;
   std::vector<Meeting*> idle_;
   std::mt19937_64 random_;
+  int candidates_ = 1;                // of a draw
+  uint64_t haste_[1024 / WARP] = {};  // of each warp
   unsigned waiting_ = 0, ended_ = 0;
   std::string error_;
   jmp_buf scheduler_;
@@ -241,6 +244,17 @@ class Machine {
     reinterpret_cast<Machine*>(uint64_t{high} << 32 | low)->live();
   }
 
+  // Which of those that are ready goes on: any, or of a few the one whose warp is ahead. Even chances alone would let
+  // no warp come far enough to overtake another in what both do twice.
+  size_t draw() {
+    size_t best = random_() % ready_.size();
+    for (int i = 1; i < candidates_; i++) {
+      const size_t other = random_() % ready_.size();
+      if (haste_[ready_[other] / WARP] > haste_[ready_[best] / WARP]) best = other;
+    }
+    return best;
+  }
+
   void go(Fiber& fiber) {
     current = &fiber;
     if (fiber.begun) _longjmp(fiber.context, 1);
@@ -257,6 +271,8 @@ class Machine {
   void block(const std::string& name) {
     std::memset(shared, POISON, shared_bytes + GUARD);
     ready_.clear();
+    candidates_ = random_() % 2 ? 1 : 8;
+    for (uint64_t& haste : haste_) haste = random_();
     waiting_ = ended_ = 0;
     for (unsigned t = 0; t < block_size.x; t++) {
       Fiber& fiber = *fibers_[t];
@@ -272,7 +288,7 @@ class Machine {
         break;
     }
     if (!ready_.empty()) {
-      const size_t drawn = random_() % ready_.size();
+      const size_t drawn = draw();
       const unsigned t = ready_[drawn];
       ready_[drawn] = ready_.back();
       ready_.pop_back();
