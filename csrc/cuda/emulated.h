@@ -90,6 +90,8 @@ class Machine {
   Fiber* current = nullptr;
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
+  bool noting = false;  // launches are noted in the place of being run
+  std::string noted;    // a line each: name, threads, bytes of shared memory, blocks
 
   ~Machine() { forget(); }
 
@@ -101,6 +103,11 @@ class Machine {
                                std::to_string(bytes) + " bytes of shared memory and a grid of " +
                                std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
                                std::to_string(grid.z));
+    if (noting) {
+      noted += name + "\t" + std::to_string(threads) + "\t" + std::to_string(bytes) + "\t" +
+               std::to_string(uint64_t{grid.x} * grid.y * grid.z) + "\n";
+      return;
+    }
     block_size = dim3(threads);
     grid_size = grid;
     body_ = std::move(body);
@@ -327,6 +334,18 @@ inline uint64_t seed = 0;  // of the next launch; each launch after it has anoth
 // For whoever loads a library of emulated kernels: the same order of threads again, or another.
 extern "C" inline __attribute__((used, visibility("default"))) void mvle_emulated_seed(uint64_t of_the_next_launch) {
   seed = of_the_next_launch;
+}
+
+// From here on launches are noted alone; and what was noted since, with which they run again. The text lives until the
+// next call.
+extern "C" inline __attribute__((used, visibility("default"))) void mvle_emulated_note() {
+  machine.noting = true;
+  machine.noted.clear();
+}
+
+extern "C" inline __attribute__((used, visibility("default"))) const char* mvle_emulated_noted() {
+  machine.noting = false;
+  return machine.noted.c_str();
 }
 
 template <class T>

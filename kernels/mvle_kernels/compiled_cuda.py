@@ -1,22 +1,34 @@
-"""What CUDA kernels became: the figures that nvcc's assembler gave of each, for every architecture.
+"""What CUDA kernels became: the figures that nvcc's assembler gave of each, and how base and large launch them.
 
 csrc/build.py compiles csrc/cuda whole, with all warnings, and keeps what the compilers said; a spilled register is a
-warning, and a warning an error. Here that text is read:
+warning, and a warning an error. Here that text is read, for every kernel and architecture:
 
     registers, stack   a thread's registers and bytes of stack (anything spilled lies there)
-    shared             bytes of shared memory that a kernel names itself. Ours name none: theirs is asked for at launch,
-                       and `launched` has it
+    shared             bytes of shared memory that a kernel names itself. Ours name none: theirs is asked for at launch
+
+So launches are held, too: the emulation notes what it would run, over tensors whose memory nobody touches.
+
+    threads, shared, programs   of a block: threads, bytes of shared memory; blocks
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
+from . import attention_backward_cuda, attention_cuda, cuda_support, pixel_loss_cuda
+from .attention import readers_a_chunk, readers_of
+from .recipes import RECIPES
+
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
-FIGURES = ("registers", "stack", "shared")
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 STACK = re.compile(r"(\d+) bytes stack frame")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
@@ -30,8 +42,6 @@ def builder() -> ModuleType:
     spec = spec_from_file_location("mvle_csrc_build", path)
     assert spec is not None and spec.loader is not None
     made = module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = made
     spec.loader.exec_module(made)
     return made
@@ -79,3 +89,73 @@ def read(said: str) -> dict[tuple[str, str], dict[str, int]]:
             found[entry] = {"registers": int(match[1]), "stack": stack, "shared": int(match[2] or 0)}
             entry = None
     return found
+
+
+def kernels() -> tuple[str, dict[str, dict[str, int]]]:
+    """(release of nvcc, figures of each `file / kernel / architecture`): compiled now, where anything changed.
+
+    Raises the builder's Missing where there is no nvcc, RuntimeError where it fails or warns, FileNotFoundError where
+    there are no sources.
+    """
+    build = builder()
+    folder = SOURCES.parent / "build" / "cuda"
+    how = build.build_cuda(folder, folder / build.LIBRARY, strict=True)
+    release = re.search(r"nvcc (\d+\.\d+)", how)
+    table = {}
+    for said in sorted(folder.glob("*.said")):
+        if (SOURCES / "cuda" / f"{said.stem}.cu").is_file():
+            for (kernel, architecture), figures in read(said.read_text()).items():
+                table[f"csrc/cuda/{said.stem} / {kernel} / {architecture} nvcc"] = figures
+    return release[1] if release else "unknown", table
+
+
+# ---- launches -------------------------------------------------------------------------------------------------------
+
+
+def launches() -> dict[str, dict[str, int]]:
+    """How base and large launch each kernel. Raises the builder's Missing where there is no host compiler."""
+    build = builder()
+    path = build.build_emulated(SOURCES.parent / "build" / "emulated")
+    cuda_support.emulate(path)
+    library = ctypes.CDLL(str(path))
+    library.mvle_emulated_noted.restype = ctypes.c_char_p
+    table = {}
+    for variant, call in variants():
+        library.mvle_emulated_note()
+        try:
+            call()
+        finally:
+            noted = library.mvle_emulated_noted().decode()
+        for line in noted.splitlines():
+            kernel, threads, shared, blocks = line.split("\t")
+            figures = {"threads": int(threads), "shared": int(shared), "programs": int(blocks)}
+            table[f"csrc/cuda / {variant} / {kernel} / launch nvcc"] = figures
+    return table
+
+
+def variants() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of each launch that is held, over tensors whose memory nobody reads."""
+    empty = partial(torch.empty, dtype=torch.bfloat16)
+    for name, recipe in RECIPES.items():
+        B, image, caption = recipe.pairs, recipe.patches + 1, recipe.caption
+        numbers = torch.arange(B + 1, dtype=torch.int32)
+        shapes = [(image, image), (77, 77), (image, caption), (caption, image), (caption, caption), (577, 577)]
+        for a, b, indexed in [*((*p, False) for p in shapes), (1, image, True), (image, caption, True)]:
+            q, k = (empty(B * n, recipe.heads, recipe.head) for n in (a, b))
+            index = (numbers[1:] * 7) % B if indexed else None
+            readers = None if index is None else readers_of(index, B, readers_a_chunk(a))
+            layout = numbers * a, numbers * b, index, readers, a, b
+            lse = torch.empty(recipe.heads, len(q))
+            shape = f"{name}, {a}x{b}{', indexed' if indexed else ''}"
+            yield f"{shape}, forward", partial(attention_cuda.forward, q, k, k, *layout)
+            yield f"{shape}, backward", partial(attention_backward_cuda.backward, q, q, k, k, q, lse, *layout)
+        side = int(recipe.patches**0.5) * recipe.patch
+        images = torch.empty(B, side, side, 3, dtype=torch.uint8)
+        rows = B * recipe.masked
+        call = partial(
+            pixel_loss_cuda.forward, empty(rows, recipe.values), images, torch.zeros(rows, dtype=torch.int32)
+        )
+        yield (
+            f"{name}, masked patches",
+            partial(call, recipe.patch, [1 / 127.5] * 3, [-1.0] * 3, True, False, True, True),
+        )
