@@ -137,15 +137,13 @@ class Unit:
 
     @property
     def fingerprint(self) -> str:
-        """Of the command, and of all that it read the last time."""
+        """Of the command, the source, and the headers of its folder; those of torch and CUDA are as their place,
+        which is in the command."""
         digest = hashlib.sha256(repr(self.command).encode())
-        for file in [self.source, *self._included()]:
-            digest.update(str(file).encode() + (file.read_bytes() if file.is_file() else b""))
+        headers = (file for file in self.source.parent.iterdir() if file.suffix in (".cuh", ".h"))
+        for file in [self.source, *sorted(headers)]:
+            digest.update(file.name.encode() + (file.read_bytes() if file.is_file() else b""))  # wherever they lie
         return digest.hexdigest()
-
-    def _included(self) -> list[Path]:
-        """The headers of this folder; those of torch and CUDA are as their version, which is in the path."""
-        return sorted(file for file in self.source.parent.iterdir() if file.suffix in (".cuh", ".h"))
 
     def up_to_date(self) -> bool:
         """Whether the object is that of this source."""
@@ -182,17 +180,27 @@ def run(command: Sequence[str]) -> str:
     return said
 
 
+def units(command: Sequence[str], folder: Path) -> list[Unit]:
+    """One for every csrc/cuda/*.cu."""
+    return [Unit(s, folder / f"{s.stem}.o", tuple(command)) for s in sorted((HERE / "cuda").glob("*.cu"))]
+
+
+def up_to_date(command: Sequence[str], folder: Path) -> bool:
+    """Whether `folder` has the object of every source."""
+    return all(unit.up_to_date() for unit in units(command, folder))
+
+
 def compile_all(command: Sequence[str], folder: Path, strict: bool) -> tuple[list[Path], bool]:
     """Every csrc/cuda/*.cu into `folder`: (objects, whether any was made anew). strict: a warning is an error."""
     folder.mkdir(parents=True, exist_ok=True)
-    units = [Unit(s, folder / f"{s.stem}.o", tuple(command)) for s in sorted((HERE / "cuda").glob("*.cu"))]
-    stale = [unit for unit in units if not unit.up_to_date()]
+    wanted = units(command, folder)
+    stale = [unit for unit in wanted if not unit.up_to_date()]
     with ThreadPoolExecutor(jobs()) as pool:
         list(pool.map(Unit.make, stale))
-    warned = [f"{unit.source.name}:\n{unit.warnings}" for unit in units if unit.warnings]
+    warned = [f"{unit.source.name}:\n{unit.warnings}" for unit in wanted if unit.warnings]
     if strict and warned:
         raise RuntimeError("compilers warn, and no warning is allowed:\n" + "\n".join(warned))
-    return [unit.target for unit in units], bool(stale)
+    return [unit.target for unit in wanted], bool(stale)
 
 
 def link(command: Sequence[str], objects: Sequence[Path], library: Path) -> None:

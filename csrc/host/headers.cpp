@@ -23,6 +23,7 @@ namespace py = pybind11;
 
 namespace {
 
+constexpr int FORM = 1;  // of the result; headers.py takes no other
 constexpr int64_t BLOCK = 512;
 constexpr int64_t WINDOW = 4096;      // bytes of one read: a header, and what begins behind it
 constexpr int64_t RECORD = 1 << 20;   // bytes of the longest name or pax record that is read
@@ -382,5 +383,6 @@ py::list scan(const std::vector<std::string>& paths, int threads, bool images) {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "The header pass over tar shards; mvle/data/headers.py says what it gives, and has a twin in Python.";
+  m.attr("FORM") = FORM;
   m.def("scan", &scan, py::arg("paths"), py::arg("threads"), py::arg("images"));
 }

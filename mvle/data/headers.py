@@ -32,6 +32,7 @@ COMPRESSED = (
     (b"\x1f\x8b", "gzip", "gunzip"), (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"), (b"BZh", "bzip2", "bunzip2"),
     (b"\xfd7zXZ", "xz", "unxz"), (b"PK\x03\x04", "zip", "unzip and tar"),
 )  # fmt: skip
+FORM = 1  # of what csrc/host gives
 _COLUMNS: tuple[Any, ...] = (*(np.int64,) * 3, *(np.uint8,) * 2, *(np.int32,) * 2)
 
 
@@ -62,9 +63,12 @@ class Headers:
 def host() -> tuple[ModuleType | None, str]:
     """The compiled pass, or None; and which of the two is used, and why."""
     try:
-        return import_module("mvle._host"), "C++"
+        module = import_module("mvle._host")
     except ImportError as error:
         return None, f"Python, since C++ is not there: {error}"
+    if getattr(module, "FORM", None) != FORM:
+        return None, f"Python, since {module.__file__} is of another version: install mvle again"
+    return module, "C++"
 
 
 def scan(

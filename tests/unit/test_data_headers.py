@@ -7,6 +7,7 @@ import os
 import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -283,6 +284,18 @@ def test_an_installation_without_the_extension_says_so(monkeypatch: pytest.Monke
         assert module is None and why.startswith("Python, since C++ is not there")
         with pytest.raises(ImportError, match="C\\+\\+ is not there"):
             scan([], compiled=True)
+    finally:
+        monkeypatch.undo()
+        headers.host.cache_clear()
+
+
+def test_an_extension_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = ModuleType("mvle._host")
+    other.__file__ = "_host.so"
+    monkeypatch.setitem(sys.modules, "mvle._host", other)
+    headers.host.cache_clear()
+    try:
+        assert headers.host() == (None, "Python, since _host.so is of another version: install mvle again")
     finally:
         monkeypatch.undo()
         headers.host.cache_clear()

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import sysconfig
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from mvle_kernels import compiled_cuda
 
 from mvle.config_files import config_names
 
@@ -21,7 +23,8 @@ from .documents import fences
 from .small_run import SMALL, write_shard
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("mvle", "kernels", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("mvle", "kernels", "configs", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+BUILT = ROOT / "build" / "cuda"  # compiled before by an installation or the check of kernels: not compiled again
 USE = """
 import json, sys
 from importlib.util import find_spec
@@ -48,16 +51,33 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "native.json")
+            shutil.copytree(ROOT / name, source / name, ignore=unwanted)
         else:
             shutil.copy(ROOT / name, source / name)
+    environment = dict(os.environ)
+    if compiled():
+        shutil.copytree(BUILT, source / "build" / "cuda")
+    else:
+        environment["CUDA_HOME"] = "/nowhere"
     code = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=source, check=True, capture_output=True)
+    command = [sys.executable, "-c", code, str(folder)]
+    subprocess.run(command, cwd=source, env=environment, check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
     install = ["pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-compile"]
     command = [sys.executable, "-m", *install, "--target", str(folder / "site"), str(wheel)]
     subprocess.run(command, check=True, capture_output=True)
     return folder / "site"
+
+
+def compiled() -> bool:
+    """Whether the CUDA kernels of these sources are compiled already, as an installation would."""
+    build = compiled_cuda.builder()
+    try:
+        command = (*build.cuda_flags(), *build.architectures())
+    except build.Missing:
+        return False
+    return build.up_to_date(command, BUILT)
 
 
 def start(site: Path, folder: Path, *words: str) -> str:
@@ -104,5 +124,24 @@ def test_a_wheel_has_every_file_of_the_packages_and_no_other(site: Path) -> None
     }
     kinds = (".py", ".json", ".typed", ".yaml")
     own = {f"{name}/{p.relative_to(f)}" for name, f in folders.items() for p in f.rglob("*") if p.suffix in kinds}
+    own.add("mvle_kernels/native.json")  # which the build writes
+    noted = json.loads((site / "mvle_kernels" / "native.json").read_text())
+    if "mvle._host" in noted["built"]:
+        own.add(f"mvle/_host{sysconfig.get_config_var('EXT_SUFFIX')}")
+    if "mvle_kernels.libmvle_cuda" in noted["built"]:
+        own.add("mvle_kernels/libmvle_cuda.so")
 
     assert own == {str(p.relative_to(site)) for p in site.rglob("*") if p.is_file() and ".dist-info" not in str(p)}
+
+
+def test_native_parts_are_in_a_wheel_or_told_why_not(site: Path, tmp_path: Path) -> None:
+    noted = json.loads((site / "mvle_kernels" / "native.json").read_text())
+    said = start(site, tmp_path, "-m", "mvle_kernels.info")
+    for extension, part in (("mvle._host", "header pass"), ("mvle_kernels.libmvle_cuda", "CUDA kernels")):
+        line = next(line for line in said.splitlines() if line.startswith(part))
+        assert (extension in noted["built"]) != (extension in noted["left out"])
+        assert ("missing: " in line) == (extension in noted["left out"]), line
+        assert noted["left out"].get(extension, "") in line
+    if shutil.which("c++") and find_spec("pybind11"):
+        assert "mvle._host" in noted["built"], noted
+    assert ("mvle_kernels.libmvle_cuda" in noted["built"]) == compiled()
