@@ -13,13 +13,14 @@ Measured not yet measured on a GPU
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import triton_support
+from . import cuda_support, triton_support
 from .dispatch import Op
 from .layout import equal_length, has_tail, padded_length
 from .packed import Packed, concatenate, from_host, round_up, row_index
@@ -125,6 +126,7 @@ def mask_of(masked: Packed, patches: int) -> Tensor:
 
 
 def _refuse_views(
+    refuse: Callable[..., str | None],
     x_BND: Tensor,
     positions: Tensor,
     class_token: Tensor,
@@ -139,16 +141,25 @@ def _refuse_views(
         return "takes lists of patches whose lengths the host knows"
     of_lists = [t for p in lists if p is not None for t in (p.rows, p.offsets)]
     others = (positions, class_token, mask_token)
-    return next((r for t in others if (r := triton_support.refuse(t))), None) or triton_support.refuse(
-        x_BND, *others, *of_lists
-    )
+    return next((r for t in others if (r := refuse(t))), None) or refuse(x_BND, *others, *of_lists)
 
 
-@EMBED_VIEWS.register("triton", "all views in one pass, and back in one", _refuse_views, _unasked)
+@EMBED_VIEWS.register(
+    "triton", "all views in one pass, and back in one", partial(_refuse_views, triton_support.refuse), _unasked
+)
 def _embed_views_triton(*arguments: Any) -> Packed:
     from .views_op import embed_views
 
     return embed_views(*(*arguments, "triton"))
+
+
+@EMBED_VIEWS.register(
+    "cuda", "the same, a warp for each row", partial(_refuse_views, cuda_support.refuse), cuda_support.unasked
+)
+def _embed_views_cuda(*arguments: Any) -> Packed:
+    from .views_op import embed_views
+
+    return embed_views(*(*arguments, "cuda"))
 
 
 @EMBED_VIEWS.register("dense", "whole views as one batch, dropped patches by one gather")

@@ -1,4 +1,5 @@
-"""Patch rows, views, inserted mask tokens and repeated sequences by Triton equal their references."""
+"""Patch rows, views, inserted mask tokens and repeated sequences by kernels equal their references. Views have kernels
+of both backends, the others Triton's."""
 
 from __future__ import annotations
 
@@ -22,24 +23,30 @@ from mvle_kernels import (
     use_backend,
 )
 from mvle_kernels.recipes import RECIPES
+from mvle_kernels.triton_support import launcher
 from torch import Tensor
 
 from .compare import forget_lengths, layout
 from .kernel_checks import (
     DEVICE,
+    ROUNDING,
     STORAGE,
     assert_a_torch_op,
     assert_equals_reference,
+    assert_no_order_of_threads_matters,
+    both_backends,
     compiled_whole,
     far_apart,
     gradients,
     guarded,
     guards,
-    needs_triton,
+    says_that_it_can,
     strided,
+    triton_alone,
+    under_test,
 )
 
-pytestmark = needs_triton
+pytestmark = triton_alone
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 Pair = tuple[Packed, Packed]
 
@@ -119,6 +126,7 @@ def test_patches_of_images_larger_than_one_program() -> None:
 # ---- views ----------------------------------------------------------------------------------------------------------
 
 
+@both_backends
 @pytest.mark.parametrize("dtype", STORAGE)
 @pytest.mark.parametrize("which", [("clean", "replace"), ("clean", "drop"), ("replace",), ("drop", "replace", "clean")])
 def test_views_equal_the_reference_in_each_dtype(which: tuple[str, ...], dtype: torch.dtype) -> None:
@@ -126,16 +134,18 @@ def test_views_equal_the_reference_in_each_dtype(which: tuple[str, ...], dtype: 
     assert_equals_reference(views(pair, which), [guarded(x) for x in leaves(3, 9, 20, dtype)], slack=2)
 
 
+@both_backends
 def test_a_view_shows_the_patches_it_is_given_in_any_order() -> None:
     pair = masks(5, [2, 3])
     given = Packed.of([torch.tensor([4, 0, 2]), torch.tensor([3, 1])], 8).to(DEVICE)
     assert_equals_reference(views(pair, [given, "replace", given]), leaves(2, 5, 7))
 
 
+@both_backends
 def test_a_layout_is_the_one_that_plain_torch_makes() -> None:
     pair = masks(6, [2, 6, 0])
     for which in (["clean", "drop"], ["drop"], ["replace", "clean", pair[1]]):
-        with use_backend("triton"), guards():
+        with use_backend(under_test()), guards():
             got = embed_views(*leaves(3, 6, 4), *pair, which, 32)
         with use_backend("dense"):
             expected = embed_views(*leaves(3, 6, 4), *pair, which, 32)
@@ -144,6 +154,7 @@ def test_a_layout_is_the_one_that_plain_torch_makes() -> None:
             assert getattr(got, name) == getattr(expected, name), name
 
 
+@both_backends
 def test_wide_rows_and_many_images() -> None:
     # 256 values and a bit, which is two programs for each of 4 positions
     assert_equals_reference(views(masks(3, [1]), ["replace", "drop"]), leaves(1, 3, 300))
@@ -171,6 +182,7 @@ def test_lists_of_patches_as_long_as_those_of_base(monkeypatch: pytest.MonkeyPat
     assert_equals_reference(run, [numbers(total, 4), numbers(4, seed=1), numbers(patches + 1, 4, seed=2)])
 
 
+@both_backends
 def test_views_of_strided_rows() -> None:
     x, positions, class_token, mask_token = leaves(3, 4, 6)
     pair = masks(4, [1, 2, 3])
@@ -182,9 +194,9 @@ def test_views_of_strided_rows() -> None:
     assert_equals_reference(views(pair, ["drop"]), [x.mT.contiguous().mT, positions.T.contiguous().T, *others[1:]])
 
 
+@both_backends
 def test_offsets_of_more_than_32_bits_in_views() -> None:
-    from mvle_kernels.views_triton import backward
-
+    backward = launcher("views", under_test()).backward
     given = leaves(3, 2, 4, torch.bfloat16)
     pair = masks(2, [1, 2, 0])
     assert_equals_reference(views(pair, ["clean", "replace"]), [far_apart(given[0]), *given[1:]])
@@ -198,21 +210,23 @@ def test_offsets_of_more_than_32_bits_in_views() -> None:
     assert torch.equal(of_x[0], gradient[:2]) and torch.equal(of_positions, gradient[[2, 0, 1]].float())
 
 
+@both_backends
 def test_no_images_and_no_patches() -> None:
     for B, N, counts in ((0, 4, []), (2, 0, [0, 0])):
         keep, masked = (Packed.layout_of(counts, 8, DEVICE, N) for _ in range(2))
         pair = tuple(p.with_rows(torch.zeros(p.total, dtype=torch.int32, device=DEVICE)) for p in (keep, masked))
-        with use_backend("triton"), guards():
+        with use_backend(under_test()), guards():
             out = embed_views(*leaves(B, N, 4), *pair, ["clean", "replace", "drop"], 4)
         assert out.offsets.tolist() == list(range(3 * B + 1)) and out.total == 8 * (B // 2)
 
 
+@both_backends
 def test_what_is_not_a_number_stays_where_it_is_shown() -> None:
     pair = masks(6, [2, 3])
     gone, kept = int(pair[1].rows[0]), int(pair[0].rows[0])
     given = leaves(2, 6, 4)
     given[0][0, gone] = given[0][1, 0] = float("nan")  # masked in image 0
-    with use_backend("triton"):
+    with use_backend(under_test()):
         out = embed_views(*(x.requires_grad_() for x in given), *pair, ["replace", "clean"], 16)
         replaced, other, whole, _ = out.unpack()
         gradient = torch.ones_like(out.rows)
@@ -223,6 +237,76 @@ def test_what_is_not_a_number_stays_where_it_is_shown() -> None:
     x, positions, *tokens = (leaf.grad for leaf in given)
     assert x.isnan().nonzero().tolist() == [[0, kept, 2]] and positions.isnan().nonzero().tolist() == [[kept + 1, 2]]
     assert all(token.isfinite().all() for token in tokens)
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.parametrize("width", [264, 5])  # two vectors of a lane, or one; and no vectors
+def test_no_order_of_threads_matters(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mvle_kernels.views_cuda.CHUNK", 6)  # warps take two images of it, or one
+    pair = masks(20, [b % 21 for b in range(0, 40, 3)])  # a block of 16 positions and a bit
+    given = leaves(14, 20, width)
+    assert_no_order_of_threads_matters(views(pair, ["replace", "drop"]), given)
+    assert_equals_reference(views(pair, ["replace", "drop", "clean"], 64), given, slack=2)
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.parametrize("other", STORAGE)
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_positions_and_tokens_have_types_of_their_own(dtype: torch.dtype, other: torch.dtype) -> None:
+    x, positions, class_token, mask_token = leaves(2, 4, 24, dtype)
+    slack = 4 * max(ROUNDING[dtype], ROUNDING[other]) / ROUNDING[dtype]
+    run = views(masks(4, [1, 3]), ["replace", "drop"])
+    assert_equals_reference(run, [x, positions.to(other), class_token, mask_token], slack=slack)
+    assert_equals_reference(run, [x, positions, class_token, mask_token.to(other)], slack=slack)
+    assert_equals_reference(run, [x, positions, class_token.to(other), mask_token], slack=slack)
+
+
+@pytest.mark.backends("cuda")
+def test_a_gradient_narrower_than_what_it_is_wanted_in_is_refused() -> None:
+    place = torch.tensor([[[2, 0, 1]]], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(RuntimeError, match="expected one type, or one that is float32"):
+        launcher("views", "cuda").backward(numbers(3, 8, dtype=torch.bfloat16), place, False, torch.float32)
+
+
+@pytest.mark.backends("cuda")
+def test_lists_longer_than_a_block_has_threads() -> None:
+    pair = masks(150, [150, 0, 140, 129])
+    assert_equals_reference(views(pair, ["replace", pair[1]]), leaves(4, 150, 8), slack=2)
+
+
+@pytest.mark.backends("cuda")
+def test_rows_that_32_bits_cannot_count() -> None:
+    x, positions, class_token, mask_token = leaves(1, 1, 8, torch.bfloat16)
+    first = 2**28  # of a result that begins far before: 2^31 elements, which nobody touches
+    given = x, positions, class_token, mask_token, [], [0], [first, first + 2], first + 3
+    rows, offsets, place = launcher("views", "cuda").forward(*given)
+    assert torch.equal(rows[first : first + 2], torch.cat([class_token[None], x[0]]) + positions)
+    assert rows[-1].eq(0).all() and offsets.tolist() == [first, first + 2] and place.tolist() == [[[first, first + 1]]]
+    place = torch.tensor([[[first, -2 - first - 1]]], dtype=torch.int32, device=DEVICE)
+    of_x, of_positions, of_mask_token = launcher("views", "cuda").backward(rows, place, True, rows.dtype)
+    assert torch.equal(of_positions, rows[first : first + 2].float()) and of_x.eq(0).all()
+    assert torch.equal(of_mask_token, of_positions[1])
+
+
+@pytest.mark.backends("cuda")
+@pytest.mark.parametrize("odd", range(5))
+def test_addresses_and_strides_that_no_vector_has(odd: int) -> None:
+    def moved(x: Tensor) -> Tensor:
+        """The same values four bytes behind an address that a vector could have, and rows 36 bytes apart."""
+        whole = x.new_full((*x.shape[:-1], 9), float("nan"))
+        whole[..., 1:] = x
+        return whole[..., 1:]
+
+    given = leaves(2, 3, 8)
+    run = views(masks(3, [1, 2]), ["replace", "clean"])
+    if odd < 4:
+        given[odd] = moved(given[odd])
+        return assert_equals_reference(run, given)
+    backward = launcher("views", "cuda").backward
+    place = torch.tensor([[[2, 0, 1]]], dtype=torch.int32, device=DEVICE)
+    gradient = numbers(3, 8)
+    found, expected = (backward(g, place, False, g.dtype) for g in (moved(gradient), gradient))
+    assert all(map(torch.equal, found, expected))
 
 
 # ---- mask tokens inserted -------------------------------------------------------------------------------------------
@@ -359,6 +443,7 @@ def test_repetition_does_not_read_what_nobody_asked_for() -> None:
 # ---- all of them ----------------------------------------------------------------------------------------------------
 
 
+@both_backends
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
@@ -368,6 +453,8 @@ def test_any_shape(data: st.DataObject) -> None:
     dtype, pair = data.draw(st.sampled_from(STORAGE)), masks(N, counts, seed=D)
     multiple = data.draw(st.integers(1, 9))
     assert_equals_reference(views(pair, which, multiple), leaves(len(counts), N, D, dtype), slack=4)
+    if under_test() != "triton":  # has no kernels of the others
+        return
     run, total = insertion(pair, multiple)
     given = [numbers(total, D, dtype=dtype), numbers(D, dtype=dtype, seed=1), numbers(N + 1, D, dtype=dtype, seed=2)]
     assert_equals_reference(run, given, slack=4)
@@ -377,41 +464,54 @@ def test_any_shape(data: st.DataObject) -> None:
 
 
 def every_op() -> list[tuple[Callable[..., Tensor], list[Tensor]]]:
+    """Those that have kernels of the backend under test."""
     pair = masks(4, [1, 3])
     inserted, total = insertion(pair)
     source = layout([2, 3], 8)
-    return [
+    of_views = [
         (views(pair, ["clean", "replace"]), leaves(2, 4, 6)),
         (views(pair, ["drop"]), leaves(2, 4, 6)),
+    ]
+    if under_test() != "triton":
+        return of_views
+    return [
+        *of_views,
         (inserted, [numbers(total, 6), numbers(6), numbers(5, 6)]),
         (repetition(source, [1, 1, 0]), [numbers(source.total, 6)]),
     ]
 
 
+@both_backends
 def test_they_compile_as_one_graph_and_repeat_bit_by_bit() -> None:
     for run, inputs in every_op():
-        out, found = gradients(run, inputs, "triton")
+        out, found = gradients(run, inputs, under_test())
         for again in (run, compiled_whole(run)):
-            other, same = gradients(again, inputs, "triton")
+            other, same = gradients(again, inputs, under_test())
             assert torch.equal(out, other) and all(map(torch.equal, found, same))
     images = photos(1, 4, 8)
-    with use_backend("triton"):
+    with use_backend(under_test()):
         whole = compiled_whole(lambda x: patchify(x, 4, MEAN, STD) * 2)
         assert torch.equal(whole(images), patchify(images, 4, MEAN, STD) * 2)
 
 
+@both_backends
+def test_views_are_torch_ops() -> None:
+    from mvle_kernels import views_op  # noqa: F401  registers them
+
+    keep, masked = masks(2, [1, 1])
+    given = [x.requires_grad_() for x in leaves(2, 2, 3)]
+    lists = [masked.rows, masked.offsets, keep.rows, keep.offsets]
+    assert_a_torch_op("embed_views", *given, lists, [1, 2], [0, 6, 10], 12, under_test())
+    place = torch.tensor([[[0, 1, -4], [3, 4, 5]]], dtype=torch.int32, device=DEVICE)
+    assert_a_torch_op("embed_views_backward", numbers(6, 3), place, True, torch.float32, under_test())
+
+
 def test_they_are_torch_ops() -> None:
-    from mvle_kernels import expand_triton, insert_triton, patches_triton, views_triton  # noqa: F401  registers them
+    from mvle_kernels import expand_triton, insert_triton, patches_triton  # noqa: F401  registers them
 
     ints = partial(torch.tensor, dtype=torch.int32, device=DEVICE)
     assert_a_torch_op("patchify", photos(1, 4, 4), 2, [1 / 255] * 3, [-0.5] * 3, torch.bfloat16)
     keep, masked = masks(2, [1, 1])
-    given = [x.requires_grad_() for x in leaves(2, 2, 3)]
-    lists = [masked.rows, masked.offsets, keep.rows, keep.offsets]
-    assert_a_torch_op("embed_views", *given, lists, [1, 2], [0, 6, 10], 12, "triton")
-    assert_a_torch_op(
-        "embed_views_backward", numbers(6, 3), ints([[[0, 1, -4], [3, 4, 5]]]), True, torch.float32, "triton"
-    )
     rows, token, positions = (x.requires_grad_() for x in (numbers(4, 3), numbers(3), numbers(3, 3)))
     two = keep.offsets + ints([0, 1, 2])
     assert_a_torch_op("insert_mask_tokens", rows, two, masked.rows, masked.offsets, token, positions, 8)
@@ -422,6 +522,7 @@ def test_they_are_torch_ops() -> None:
     assert_a_torch_op("expand_backward", numbers(4, 3), ints([1, 1]), ints([0, 2, 3]), ints([0, 1, 2]), 4, 2)
 
 
+@both_backends
 def test_autocast_leaves_them_as_they_are_and_mixed_dtypes_meet_in_the_wider() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for run, inputs in every_op():
@@ -429,7 +530,7 @@ def test_autocast_leaves_them_as_they_are_and_mixed_dtypes_meet_in_the_wider() -
         x, *others = leaves(2, 4, 6)
         run = views(masks(4, [1, 3]), ["clean", "replace"])
         x = x.bfloat16()
-        out, found = gradients(run, [x, *others], "triton")
+        out, found = gradients(run, [x, *others], under_test())
         expected, dense = gradients(run, [x, *others], "dense")
     assert out.dtype == expected.dtype == torch.float32 and torch.equal(out, expected)
     for a, b in zip(found, dense, strict=True):
@@ -437,20 +538,28 @@ def test_autocast_leaves_them_as_they_are_and_mixed_dtypes_meet_in_the_wider() -
         torch.testing.assert_close(a.float(), b.float(), rtol=2**-7, atol=2**-7)
 
 
+@both_backends
+def test_explain_says_when_views_are_taken() -> None:
+    keep, _ = masks(4, [2])
+    x, positions, *tokens = leaves(1, 4, 6)
+    call = partial(explain, embed_views, x, positions, *tokens)
+    assert says_that_it_can(call(keep, None, ["clean"], 1))
+    said = explain(embed_views, x, positions.double(), *tokens, keep, None, ["clean"], 1)
+    assert f"{under_test()} refused: takes float32, bfloat16, float16; got torch.float64" in said
+    drawn = forget_lengths(keep).with_rows(keep.rows)
+    assert says_that_it_can(call(drawn, None, ["clean"], 1))  # reads no list
+    with pytest.raises(ValueError, match="whose lengths the host knows"), use_backend(under_test()):
+        embed_views(x, positions, *tokens, drawn, None, ["drop"])
+
+
 def test_explain_says_when_they_are_taken() -> None:
     chosen = "triton chosen" if DEVICE.type == "cuda" else "triton not asked: the interpreter is for checks"
-    images, (keep, masked) = photos(1, 4, 4), masks(4, [2])
-    x, positions, *tokens = leaves(1, 4, 6)
+    images, (_, masked) = photos(1, 4, 4), masks(4, [2])
+    _, positions, *tokens = leaves(1, 4, 6)
     rows = Packed.of([positions])
     index = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     assert chosen in explain(patchify, images, 4, MEAN, STD, torch.bfloat16)
     assert "gives float32, bfloat16, float16; got float64" in explain(patchify, images, 4, MEAN, STD, torch.float64)
-    assert chosen in explain(embed_views, x, positions, *tokens, keep, masked, ["replace"], 1)
-    assert "got torch.float64" in explain(embed_views, x, positions.double(), *tokens, keep, masked, ["replace"], 1)
-    drawn = forget_lengths(keep).with_rows(keep.rows)
-    assert chosen in explain(embed_views, x, positions, *tokens, drawn, None, ["clean"], 1)  # reads no list
-    with pytest.raises(ValueError, match="whose lengths the host knows"), use_backend("triton"):
-        embed_views(x, positions, *tokens, drawn, None, ["drop"])
     assert chosen in explain(insert_mask_tokens, rows, masked, tokens[0], positions, 1)
     assert "got torch.float64" in explain(insert_mask_tokens, rows, masked, tokens[0].double(), positions, 1)
     assert chosen in explain(expand, rows, index, expand_layout(rows, index))
