@@ -81,6 +81,8 @@ class Place {
   explicit Place(const Tensor&) {}
 };
 
+inline size_t most_shared(const Place&) { return emulated::SHARED_LIMIT; }
+
 template <class... P, class... A>
 void launch(const char* name, const Place&, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared,
             const A&... arguments) {
@@ -117,6 +119,14 @@ class Place {
 
 inline void check(cudaError_t error, const char* name) {
   STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
+}
+
+// Bytes of shared memory that a block may have, if it asks.
+inline size_t most_shared(const Place&) {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return bytes;
 }
 
 template <class... P, class... A>

@@ -23,6 +23,18 @@ using Half = torch::headeronly::Half;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.44269504088896340736f;
 
+// 2^x by one instruction: right to two units in the last place; 0 where it would be below 2^-126.
+__device__ __forceinline__ float exp2_fast(float x) {
+#ifdef MVLE_EMULATED
+  const float found = exp2f(x);
+  return found < 0x1p-126f ? 0 : found;
+#else
+  float found;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(x));
+  return found;
+#endif
+}
+
 // ---- sixteen bytes -------------------------------------------------------------------------------------------------
 
 // Sixteen bytes, the widest access that memory has.

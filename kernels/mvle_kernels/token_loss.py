@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import triton_support
+from . import cuda_support, triton_support
 from .dispatch import Op
 
 TOKEN_LOSS = Op("masked_token_loss")
@@ -53,6 +53,10 @@ def _refuse(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, 
     return triton_support.refuse(rows, weight, targets, *(() if bias is None else (bias,)))
 
 
+def _refuse_cuda(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *_: Any, **__: Any) -> str | None:
+    return cuda_support.refuse(rows, weight, targets, *(() if bias is None else (bias,)))
+
+
 @TOKEN_LOSS.register("triton", "one kernel between the products, in place", _refuse, triton_support.unasked)
 def _triton(
     rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int, vocabulary: int, ranks: bool
@@ -60,6 +64,15 @@ def _triton(
     from .token_loss_op import masked_token_loss
 
     return masked_token_loss(rows, weight, bias, targets, ignore, vocabulary, by="triton")
+
+
+@TOKEN_LOSS.register("cuda", "the same, a row read once", _refuse_cuda, cuda_support.unasked)
+def _cuda(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore: int, vocabulary: int, ranks: bool
+) -> Found:
+    from .token_loss_op import masked_token_loss
+
+    return masked_token_loss(rows, weight, bias, targets, ignore, vocabulary, by="cuda")
 
 
 @TOKEN_LOSS.register("dense", "logits become their gradient in place")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .kernel_checks import DEVICE, far_apart, last_programs, needs_triton, vast
 from .test_attention_kernels import plan_of, set_readers, values
-from .test_token_loss_triton import launched
+from .test_token_loss_kernels import launched
 
 pytestmark = needs_triton
 CUDA = DEVICE.type == "cuda"

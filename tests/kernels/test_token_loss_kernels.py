@@ -1,4 +1,5 @@
-"""The Triton token loss equals its reference: in one buffer and in chunks, with words and padding of any number."""
+"""The token loss of each backend equals its reference: in one buffer and in chunks, with words and padding of any
+number."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mvle_kernels import explain, masked_token_loss, use_backend
+from mvle_kernels.triton_support import launcher
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,22 +20,28 @@ from .kernel_checks import (
     STORAGE,
     assert_a_torch_op,
     assert_equals_reference,
+    assert_no_order_of_threads_matters,
+    both_backends,
     compiled_whole,
     far_apart,
     gradients,
     guarded,
-    needs_triton,
+    order_of_threads,
+    says_that_it_can,
     strided,
+    under_test,
 )
 
-pytestmark = needs_triton
+pytestmark = both_backends
 TARGETS = [3, -1, 0, 41, 3, 40, -1]
 ONE_BUFFER, CHUNKS = 512.0, 3 * 45 * 4 / 2**20  # MiB: of everything here; of 3 rows in float32, 6 in 16 bits
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of a test is several blocks: whole ones, one that ends the words, one of padding alone."""
+def small_blocks(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To Triton a row of a test is several blocks: whole ones, one that ends the words, one of padding alone."""
+    if backend != "triton":
+        return
     import mvle_kernels.token_loss_triton as it
 
     monkeypatch.setattr(it, "rule", lambda columns: {"BLOCK": 16, "num_warps": 1, "num_stages": 1})
@@ -67,10 +75,10 @@ def loss(targets: Tensor | list[int] = TARGETS, vocabulary: int | None = 42) -> 
 
 
 def run(inputs: list[Tensor], targets: list[int] = TARGETS, vocabulary: int = 42, scale: float = 1.0) -> list[Tensor]:
-    """loss, count, correct, ranks and the three gradients, by Triton."""
+    """loss, count, correct, ranks and the three gradients, by the kernels."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     named = torch.tensor(targets, dtype=torch.int64, device=DEVICE)
-    with use_backend("triton"):
+    with use_backend(under_test()):
         found = masked_token_loss(*leaves, named, vocabulary=vocabulary, ranks=True)
         (found[0] * scale).backward()
     return [found[0].detach(), *found[1:], *[x.grad for x in leaves if x.grad is not None]]
@@ -103,9 +111,10 @@ def test_strides_and_the_dtype_of_targets_do_not_matter() -> None:
     rows, weight, bias = case()
     assert_equals_reference(loss(), [strided(rows), strided(weight), bias])
     assert_equals_reference(loss(), [rows.T.contiguous().T, weight.T.contiguous().T, bias])
-    spread = torch.tensor(TARGETS, dtype=torch.int32, device=DEVICE).repeat_interleave(2)[::2]
-    assert not spread.is_contiguous()
-    assert_equals_reference(loss(spread), [rows, weight, bias])
+    for dtype in (torch.int32, torch.int16):
+        spread = torch.tensor(TARGETS, dtype=dtype, device=DEVICE).repeat_interleave(2)[::2]
+        assert not spread.is_contiguous()
+        assert_equals_reference(loss(spread), [rows, weight, bias])
 
 
 @in_both_ways
@@ -179,44 +188,122 @@ def test_a_target_that_names_no_word_is_not_overlooked() -> None:
 # ---- the kernel alone -----------------------------------------------------------------------------------------------
 
 
-def launched(logits: Tensor, targets: list[int], V: int) -> tuple[Tensor, Tensor]:
+def launched(logits: Tensor, targets: list[int], V: int, with_slope: bool = True) -> tuple[Tensor, Tensor]:
     """(partial, ranks) of the kernel over these logits, which become their gradient."""
-    from mvle_kernels.token_loss_triton import rule, token_loss_kernel
-    from mvle_kernels.triton_support import launch
-
     partial, ranks = torch.empty(len(logits), device=DEVICE), torch.empty(len(logits), dtype=torch.int32, device=DEVICE)
-    launch(
-        token_loss_kernel,
-        (len(logits),),
-        rule(logits.shape[1]),
-        logits=logits,
-        targets=torch.tensor(targets, device=DEVICE),
-        partial=partial,
-        ranks=ranks,
-        stride_r=logits.stride(0),
-        ignore=-1,
-        V=V,
-        C=logits.shape[1],
-        SLOPE=True,
-    )
+    named = torch.tensor(targets, device=DEVICE)
+    launcher("token_loss", under_test()).row_losses(logits, named, partial, ranks, -1, V, with_slope)
     return partial, ranks
 
 
-def test_offsets_of_more_than_32_bits() -> None:
-    logits = case(3, C=40)[0] @ case(3, C=40)[1].T
+@pytest.mark.parametrize("C", [40, 41])  # rows that vectors of 16 bytes divide, and such that they do not
+def test_offsets_of_more_than_32_bits(C: int) -> None:
+    logits = case(3, C=C)[0] @ case(3, C=C)[1].T
     near, apart = logits.bfloat16(), far_apart(logits.bfloat16())
     expected, found = launched(near, [5, -1, 39], 40), launched(apart, [5, -1, 39], 40)
     assert found[0].equal(expected[0]) and found[1].equal(expected[1]) and apart.equal(near)
     assert near[1].eq(0).all() and near[[0, 2]].ne(0).any(1).all()
 
 
-def test_a_row_is_written_whole_and_nothing_beside_it() -> None:
+@pytest.mark.parametrize("C", [44, 45])  # whole vectors of 16 bytes, and not
+def test_a_row_is_written_whole_and_nothing_beside_it(C: int) -> None:
     logits = torch.full((3, 60), float("nan"), device=DEVICE)  # also in the padding: it is written, never read
     logits[:, :33] = torch.randn(3, 33, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     truth = logits[:, :33].softmax(1) - torch.eye(33, device=DEVICE)[[32, 0, 7]]
-    partial, _ = launched(logits[:, :45], [32, 0, 7], 33)
+    partial, _ = launched(logits[:, :C], [32, 0, 7], 33)
     torch.testing.assert_close(logits[:, :33], truth)
-    assert partial.isfinite().all() and logits[:, 33:45].eq(0).all() and logits[:, 45:].isnan().all()
+    assert partial.isfinite().all() and logits[:, 33:C].eq(0).all() and logits[:, C:].isnan().all()
+
+
+def logits_of(R: int, C: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Of a few units, in whole halves: ties everywhere."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(R, C, generator=draw).mul_(4).round_().div_(2).to(DEVICE, dtype)
+
+
+def check(logits: Tensor, targets: list[int], V: int, error: float) -> None:
+    """What the kernel makes of logits whose rows all have a target against float64, and that a row it has not to
+    change stays as it is."""
+    z = logits[:, :V].double()
+    label = torch.tensor(targets, device=DEVICE)[:, None]
+    truth = torch.logsumexp(z, 1) - z.gather(1, label)[:, 0]
+    slope = z.softmax(1).scatter_add(1, label, -torch.ones_like(z[:, :1]))
+    order = z.argsort(dim=1, descending=True, stable=True)
+    kept = logits.clone()
+    for with_slope in (False, True):
+        partial, ranks = launched(logits, targets, V, with_slope)
+        assert (partial - truth).abs().max() <= 1e-5 * truth.abs().max() and ranks.tolist() == (
+            order == label
+        ).nonzero()[:, 1].tolist()
+        assert with_slope or logits.equal(kept)
+    assert (logits[:, :V] - slope).abs().max() <= error and logits[:, V:].eq(0).all()
+
+
+cuda_alone = pytest.mark.backends("cuda")  # about its threads, its shared memory
+
+
+@cuda_alone
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("shift", [0, 1])  # rows that vectors of 16 bytes divide; an address and a row that they do not
+# a warp and a value; all warps, and some threads have a vector more; the words end before a vector does, or with one
+@pytest.mark.parametrize("C, V", [(257, 257), (1032, 1001), (5000, 4994), (5000, 4992)])
+def test_rows_of_several_warps(C: int, V: int, shift: int, dtype: torch.dtype) -> None:
+    C, V = C + shift, V + shift
+    logits = logits_of(4, C + shift, dtype)[:, shift:]
+    check(logits, [0, V - 1, V // 2, 255], V, ROUNDING[dtype])
+
+
+@cuda_alone
+@pytest.mark.parametrize("dtype, C", [(torch.float32, 41_600), (torch.float32, 42_000), (torch.bfloat16, 84_000)])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_rows_that_just_fit_into_shared_memory_or_do_not(dtype: torch.dtype, C: int, shift: int) -> None:
+    logits = logits_of(2, C + shift, dtype)[:, shift:]
+    check(logits, [C - 8, 77], C - 7, ROUNDING[dtype])
+
+
+@cuda_alone
+@pytest.mark.parametrize("what", [float("nan"), float("inf"), float("-inf")])
+def test_a_word_that_is_not_a_number_shows_to_all_warps(what: float) -> None:
+    for place in (0, 1500, 4990):
+        logits = logits_of(2, 5000, torch.float32)
+        logits[0, place] = what
+        (loss, other), ranks = launched(logits, [700, 700], 4994)
+        assert other.isfinite() and logits[1].isfinite().all() and ranks[1] < 4994 and logits[:, 4994:].eq(0).all()
+        if what == float("-inf"):
+            assert loss.isfinite() and logits[0].isfinite().all() and logits[0, place] == 0
+        else:
+            assert loss.isnan() and logits[0, :4994].isnan().all() and ranks[0] == 4994
+    logits = torch.full((1, 5000), float("-inf"), device=DEVICE)  # and a row without a mass is no number
+    loss, ranks = launched(logits, [3], 4994)
+    assert loss.isnan() and ranks[0] == 4994 and logits[0, :4994].isnan().all() and logits[0, 4994:].eq(0).all()
+
+
+@cuda_alone
+def test_what_is_added_to_all_logits_changes_nothing_however_much_it_is() -> None:
+    logits, more = logits_of(2, 3000, torch.float32), logits_of(2, 3000, torch.float32) + 2.0**20
+    (loss, ranks), (same, same_ranks) = launched(logits, [5, 2999], 3000), launched(more, [5, 2999], 3000)
+    assert loss.equal(same) and ranks.equal(same_ranks) and logits.equal(more)
+    wide = torch.tensor([[-3.4e38, 3.4e38, 3.0e38, -3.4e38]], device=DEVICE)
+    loss, ranks = launched(wide, [1], 4)
+    assert loss == 0 and ranks == 0 and wide.eq(0).all()
+    lowest = torch.full((1, 4), -3.4e38, device=DEVICE)
+    loss, ranks = launched(lowest, [2], 4)
+    torch.testing.assert_close(loss, torch.tensor([4.0], device=DEVICE).log())
+    assert ranks == 2 and lowest[0].tolist() == [0.25, 0.25, -0.75, 0.25]
+
+
+@cuda_alone
+def test_no_order_of_threads_matters() -> None:
+    for C in (45, 3001):
+        assert_no_order_of_threads_matters(loss([3, -1, 0, 41, C - 2], C - 1), case(5, 4, C + 7, torch.bfloat16))
+    found = []
+    for seed in range(8):
+        if DEVICE.type == "cpu":
+            order_of_threads(1000 * seed)
+        logits = logits_of(2, 5000, torch.bfloat16)
+        found.append([*launched(logits, [4000, 3], 5000), logits])
+    for other in found[1:]:  # loss, ranks, gradient
+        assert all(a.equal(b) for a, b in zip(found[0], other, strict=True))
 
 
 # ---- chunks, scale, order -------------------------------------------------------------------------------------------
@@ -239,7 +326,7 @@ def test_gradients_follow_the_gradient_of_the_loss_and_can_be_asked_for_again(dt
     for once, thrice in zip(run(inputs)[4:], run(inputs, scale=3.0)[4:]):
         torch.testing.assert_close(3 * once, thrice, rtol=2e-2, atol=2e-2 if dtype != torch.float32 else 1e-5)
     leaf = inputs[0].requires_grad_()
-    with use_backend("triton"):
+    with use_backend(under_test()):
         value = loss()(leaf, *inputs[1:])
     first = torch.autograd.grad(value, leaf, retain_graph=True)[0].clone()
     assert torch.autograd.grad(value, leaf, retain_graph=True)[0].equal(first)
@@ -265,20 +352,23 @@ def test_two_runs_are_bitwise_equal() -> None:
 @in_both_ways
 def test_without_a_backward_nothing_is_kept() -> None:
     inputs = case()
-    with use_backend("triton"):
+    with use_backend(under_test()):
         value = loss()(*inputs)
     with use_backend("reference"):
         torch.testing.assert_close(value, loss()(*inputs))
-    with use_backend("triton"), torch.no_grad():
+    with use_backend(under_test()), torch.no_grad():
         assert not loss()(*[x.requires_grad_() for x in inputs]).requires_grad
     assert not value.requires_grad
 
 
 @in_both_ways
-@pytest.mark.parametrize("backend", ["triton", "dense", "reference"])
+@pytest.mark.parametrize("torchs", [None, "dense", "reference"])
 @pytest.mark.parametrize("rows", STORAGE)
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
-def test_mixed_dtypes_mean_the_same_to_every_backend(weight: torch.dtype, rows: torch.dtype, backend: str) -> None:
+def test_mixed_dtypes_mean_the_same_to_every_backend(
+    weight: torch.dtype, rows: torch.dtype, torchs: str | None
+) -> None:
+    backend = torchs or under_test()
     given = [x.to(dtype) for x, dtype in zip(case(), (rows, weight, weight))]
     truth, gradients_of_truth = gradients(loss(), [x.double() for x in given], "reference")
     out, found = gradients(loss(), given, backend)
@@ -301,7 +391,8 @@ def test_mixed_dtypes_mean_the_same_to_every_backend(weight: torch.dtype, rows: 
 def test_any_shape(data: st.DataObject) -> None:
     import mvle_kernels.token_loss_op as it
 
-    R, D, C = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 9)), data.draw(st.integers(1, 70))
+    R, D = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 9))
+    C = data.draw(st.integers(1, 70 if under_test() == "triton" else 3000))
     V = data.draw(st.integers(1, C))
     targets = data.draw(st.lists(st.integers(-1, V - 1), min_size=R, max_size=R))
     inputs = case(R, D, C, data.draw(st.sampled_from(STORAGE)), seed=C)
@@ -320,14 +411,14 @@ def test_it_is_a_torch_op_and_compiles_as_one_graph(monkeypatch: pytest.MonkeyPa
 
     rows, weight, bias = (x.requires_grad_() for x in case())
     targets = torch.tensor(TARGETS, device=DEVICE)
-    assert_a_torch_op("masked_token_loss", rows, weight, bias, targets, -1, 42, True, "triton")
+    assert_a_torch_op("masked_token_loss", rows, weight, bias, targets, -1, 42, True, under_test())
     learns = [True, True, True]
-    assert_a_torch_op("masked_token_loss_chunked", rows, weight, bias, targets, -1, 42, 3, learns, "triton")
+    assert_a_torch_op("masked_token_loss_chunked", rows, weight, bias, targets, -1, 42, 3, learns, under_test())
     for budget in (ONE_BUFFER, CHUNKS):
         monkeypatch.setattr(it, "BUDGET_MIB", budget)
         torch.compiler.reset()
         whole = compiled_whole(lambda x, w, b: loss(targets)(x * 2, w, b))
-        with use_backend("triton"):
+        with use_backend(under_test()):
             got = torch.autograd.grad(whole(rows, weight, bias), (rows, weight, bias))
             expected = torch.autograd.grad(loss(targets)(rows * 2, weight, bias), (rows, weight, bias))
         torch.testing.assert_close(got, expected)
@@ -337,7 +428,7 @@ def test_it_is_a_torch_op_and_compiles_as_one_graph(monkeypatch: pytest.MonkeyPa
 def test_its_flops_are_those_of_three_products() -> None:
     rows, weight, bias = (x.requires_grad_() for x in case())
     product = 2 * 7 * 45 * 5
-    with use_backend("triton"):
+    with use_backend(under_test()):
         with FlopCounterMode(display=False) as counted:
             loss()(rows, weight, bias).backward()
         with FlopCounterMode(display=False) as forward, torch.no_grad():
@@ -349,6 +440,6 @@ def test_explain_says_when_it_is_taken() -> None:
     rows, weight, bias = case()
     targets = torch.tensor(TARGETS, device=DEVICE)
     said = explain(masked_token_loss, rows.double(), weight, bias, targets)
-    assert "triton refused: takes float32, bfloat16, float16; got torch.float64" in said and "dense chosen" in said
-    said = explain(masked_token_loss, rows, weight, bias, targets)
-    assert ("triton chosen" if DEVICE.type == "cuda" else "triton not asked: the interpreter is for checks") in said
+    assert f"{under_test()} refused: takes float32, bfloat16, float16; got torch.float64" in said
+    assert "dense chosen" in said
+    assert says_that_it_can(explain(masked_token_loss, rows, weight, bias, targets))
