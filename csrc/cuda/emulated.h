@@ -174,6 +174,11 @@ class Machine {
     return self.meeting;
   }
 
+  bool is_shared(const void* address) const {
+    const auto* at = static_cast<const unsigned char*>(address);
+    return at >= shared && at < shared + shared_bytes + GUARD;
+  }
+
   void leave(Meeting* meeting) {
     if (--meeting->readers == 0) idle_.push_back(meeting);
   }
@@ -330,6 +335,10 @@ class Machine {
 
 inline thread_local Machine machine;
 inline uint64_t seed = 0;  // of the next launch; each launch after it has another
+
+// Bytes that vectors (numeric.cuh) have read of global memory: whether a kernel reads as often as it says.
+inline uint64_t bytes_read = 0;
+extern "C" inline __attribute__((used, visibility("default"))) uint64_t mvle_emulated_bytes_read() { return bytes_read; }
 
 // For whoever loads a library of emulated kernels: the same order of threads again, or another.
 extern "C" inline __attribute__((used, visibility("default"))) void mvle_emulated_seed(uint64_t of_the_next_launch) {

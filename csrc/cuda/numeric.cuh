@@ -49,6 +49,7 @@ constexpr int PER_16 = 16 / sizeof(T);
 __device__ __forceinline__ Sixteen load16(const void* from) {
 #ifdef MVLE_EMULATED
   if (reinterpret_cast<uintptr_t>(from) % 16) emulated::machine.fail("load16: the address is not a multiple of 16");
+  if (!emulated::machine.is_shared(from)) emulated::bytes_read += 16;
   Sixteen found;
   std::memcpy(&found, from, 16);
   return found;
@@ -179,6 +180,7 @@ __device__ __forceinline__ Sixteen narrow(const float (&from)[PER_16<T>]) {
 __device__ __forceinline__ void load8(const void* from, uint32_t (&word)[2]) {
 #ifdef MVLE_EMULATED
   if (reinterpret_cast<uintptr_t>(from) % 8) emulated::machine.fail("load8: the address is not a multiple of 8");
+  if (!emulated::machine.is_shared(from)) emulated::bytes_read += 8;
   std::memcpy(word, from, 8);
 #else
   const uint2 found = *reinterpret_cast<const uint2*>(from);

@@ -91,6 +91,13 @@ def order_of_threads(seed: int) -> None:
     set_seed(seed)
 
 
+def emulated_bytes_read() -> int:
+    """What emulated kernels have read of global memory until now, by vectors."""
+    count = ctypes.CDLL(str(EMULATED / "libmvle_cuda_emulated.so")).mvle_emulated_bytes_read
+    count.restype = ctypes.c_uint64
+    return int(count())
+
+
 def assert_no_order_of_threads_matters(op: Callable[..., Tensor], inputs: Sequence[Tensor], seeds: int = 8) -> None:
     """Output and gradients of the CUDA kernels are bitwise the same in whatever order threads take turns: where a
     barrier is missing they are not, for some order."""

@@ -23,6 +23,7 @@ from .kernel_checks import (
     assert_no_order_of_threads_matters,
     both_backends,
     compiled_whole,
+    emulated_bytes_read,
     far_apart,
     gradients,
     guarded,
@@ -215,10 +216,13 @@ def test_a_row_is_written_whole_and_nothing_beside_it(C: int) -> None:
     assert partial.isfinite().all() and logits[:, 33:C].eq(0).all() and logits[:, C:].isnan().all()
 
 
-def logits_of(R: int, C: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Of a few units, in whole halves: ties everywhere."""
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(R, C, generator=draw).mul_(4).round_().div_(2).to(DEVICE, dtype)
+def logits_of(R: int, C: int, dtype: torch.dtype, before: int = 0, between: int = 0) -> Tensor:
+    """Of a few units, in whole halves: ties everywhere. As many elements lie before the first row and between rows."""
+    draw = torch.Generator().manual_seed(C)
+    rows = torch.empty(before + R * (C + between), dtype=dtype, device=DEVICE).as_strided(
+        (R, C), (C + between, 1), before
+    )
+    return rows.copy_(torch.randn(R, C, generator=draw).mul_(4).round_().div_(2))
 
 
 def check(logits: Tensor, targets: list[int], V: int, error: float) -> None:
@@ -242,23 +246,37 @@ def check(logits: Tensor, targets: list[int], V: int, error: float) -> None:
 cuda_alone = pytest.mark.backends("cuda")  # about its threads, its shared memory
 
 
+# 16 bytes divide all; not the address; not the stride; not the length of a row
+LAID = {"aligned": (0, 0, 0), "address": (0, 1, 0), "stride": (0, 0, 1), "length": (1, 0, 7)}
+
+
 @cuda_alone
 @pytest.mark.parametrize("dtype", STORAGE)
-@pytest.mark.parametrize("shift", [0, 1])  # rows that vectors of 16 bytes divide; an address and a row that they do not
-# a warp and a value; all warps, and some threads have a vector more; the words end before a vector does, or with one
-@pytest.mark.parametrize("C, V", [(257, 257), (1032, 1001), (5000, 4994), (5000, 4992)])
-def test_rows_of_several_warps(C: int, V: int, shift: int, dtype: torch.dtype) -> None:
-    C, V = C + shift, V + shift
-    logits = logits_of(4, C + shift, dtype)[:, shift:]
-    check(logits, [0, V - 1, V // 2, 255], V, ROUNDING[dtype])
+@pytest.mark.parametrize("laid", LAID)
+# warps and a vector; the words end within a vector, or with one; all warps, of which some threads have a vector more
+@pytest.mark.parametrize("C, V", [(264, 264), (1032, 1001), (5000, 4994), (5000, 4992)])
+def test_rows_of_several_warps(C: int, V: int, laid: str, dtype: torch.dtype) -> None:
+    more, *around = LAID[laid]
+    check(logits_of(4, C + more, dtype, *around), [0, V - 1, V // 2, 255], V, ROUNDING[dtype])
+
+
+LONG = [(torch.float32, 41_696), (torch.float32, 41_700), (torch.float32, 41_728), (torch.bfloat16, 84_000)]
 
 
 @cuda_alone
-@pytest.mark.parametrize("dtype, C", [(torch.float32, 41_600), (torch.float32, 42_000), (torch.bfloat16, 84_000)])
-@pytest.mark.parametrize("shift", [0, 1])
-def test_rows_that_just_fit_into_shared_memory_or_do_not(dtype: torch.dtype, C: int, shift: int) -> None:
-    logits = logits_of(2, C + shift, dtype)[:, shift:]
-    check(logits, [C - 8, 77], C - 7, ROUNDING[dtype])
+@pytest.mark.parametrize("dtype, C", LONG)
+@pytest.mark.parametrize("before", [0, 1])
+def test_rows_that_just_fit_into_shared_memory_or_do_not(dtype: torch.dtype, C: int, before: int) -> None:
+    check(logits_of(2, C, dtype, before), [C - 8, 77], C - 7, ROUNDING[dtype])
+
+
+@cuda_alone
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the emulation counts what it reads; a GPU's profiler would")
+@pytest.mark.parametrize("dtype, C, times", [(torch.bfloat16, 50_304, 1), (*LONG[0], 1), (*LONG[1], 2)])
+def test_a_row_is_read_once_where_it_fits_into_shared_memory(dtype: torch.dtype, C: int, times: int) -> None:
+    before = emulated_bytes_read()
+    launched(logits_of(3, C, dtype), [5, -1, C - 80], C - 79)  # a row has no target: nothing of it is read
+    assert emulated_bytes_read() - before == 2 * times * -(-(C - 79) * dtype.itemsize // 16) * 16
 
 
 @cuda_alone
