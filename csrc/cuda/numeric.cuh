@@ -22,6 +22,7 @@ using Half = torch::headeronly::Half;
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float LN_2 = 0.69314718055994530942f;
 
 // 2^x by one instruction: right to two units in the last place; 0 where it would be below 2^-126.
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS, 2) token_loss_kernel(T* logit
     const float log_mass = log2f(mass);
 
     if (threadIdx.x == 0) {
-      const float total = log_mass / LOG2_E;
+      const float total = log_mass * LN_2;
       k.partial[r] = highest - own + total;
       k.ranks[r] = fabsf(own) < INFINITY && fabsf(highest + total) < INFINITY ? before : k.V;
     }
