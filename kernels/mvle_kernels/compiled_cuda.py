@@ -24,9 +24,11 @@ from types import ModuleType
 
 import torch
 
-from . import attention_backward_cuda, attention_cuda, cuda_support, pixel_loss_cuda
+from . import attention_backward_cuda, attention_cuda, cuda_support, pixel_loss_cuda, token_loss_cuda, views_cuda
 from .attention import readers_a_chunk, readers_of
+from .packed import round_up
 from .recipes import RECIPES
+from .views_op import REPLACED, SUBSET, WHOLE
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
@@ -152,10 +154,31 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
         side = int(recipe.patches**0.5) * recipe.patch
         images = torch.empty(B, side, side, 3, dtype=torch.uint8)
         rows = B * recipe.masked
-        call = partial(
+        against = partial(
             pixel_loss_cuda.forward, empty(rows, recipe.values), images, torch.zeros(rows, dtype=torch.int32)
         )
         yield (
             f"{name}, masked patches",
-            partial(call, recipe.patch, [1 / 127.5] * 3, [-1.0] * 3, True, False, True, True),
+            partial(against, recipe.patch, [1 / 127.5] * 3, [-1.0] * 3, True, False, True, True),
         )
+        R = 4 * B
+        row_values = torch.empty(R), torch.empty(R, dtype=torch.int32)
+        logits, targets = empty(R, recipe.vocabulary), torch.zeros(R, dtype=torch.int64)
+        yield (
+            f"{name}, masked words",
+            partial(token_loss_cuda.row_losses, logits, targets, *row_values, -1, recipe.words, True),
+        )
+        x, positions = empty(B, recipe.patches, recipe.width), empty(image, recipe.width)
+        for mode, second, listed in (("replace", REPLACED, recipe.masked), ("drop", SUBSET, image - 1 - recipe.masked)):
+            shown = image if mode == "replace" else listed + 1
+            firsts = [0, B * image, B * image + B * shown]
+            total, token = round_up(firsts[-1], 128), positions[0]
+            lists = [torch.empty(B * listed, dtype=torch.int32), numbers * listed]
+            embed = partial(views_cuda.forward, x, positions, token, token, lists, [WHOLE, second], firsts, total)
+            yield f"{name}, {mode}, views", embed
+            place = torch.empty(2, B, image, dtype=torch.int32)
+            gradient = empty(total, recipe.width)
+            yield (
+                f"{name}, {mode}, views backward",
+                partial(views_cuda.backward, gradient, place, second == REPLACED, torch.bfloat16),
+            )
