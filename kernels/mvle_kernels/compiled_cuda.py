@@ -17,7 +17,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,11 @@ def builder() -> ModuleType:
     path = SOURCES / "build.py"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not here: CUDA kernels are compiled from a clone")
+    return _loaded(path)
+
+
+@cache  # so that its exceptions are the same ones wherever it is asked for
+def _loaded(path: Path) -> ModuleType:
     spec = spec_from_file_location("mvle_csrc_build", path)
     assert spec is not None and spec.loader is not None
     made = module_from_spec(spec)
@@ -66,10 +71,10 @@ def demangled(symbol: str) -> str:
     if rest.startswith("I"):
         rest = rest[1:]
         while rest and not rest.startswith("E"):
-            if found := re.match(r"L[a-z](\d+)E", rest):
-                arguments.append(found[1])
-            elif found := re.match(r"N3c10\d+([A-Z]\w*?)E|S\w*_\d+([A-Z]\w*?)E", rest):
+            if found := re.match(r"L[a-z](\d+)E|N(?:3c10|S\w*?_)\d+([A-Z]\w*?)E", rest):
                 arguments.append(found[1] or found[2])
+            elif found := re.match(r"S\w*?_", rest):  # a name again: of ours, the type before
+                arguments.append(arguments[-1])
             elif found := re.match(r"[a-z]", rest):
                 arguments.append({"f": "float", "i": "int", "x": "int64", "l": "int64"}.get(found[0], found[0]))
             else:
