@@ -1,14 +1,14 @@
 // CUDA kernels on a CPU: the device code of this folder, compiled by the host's compiler and run for its results.
 //
-// A launch runs one block after another. The threads of a block are fibers of one CPU thread: each runs until it meets
-// others (a barrier, or an operation of a warp), or ends, and then any other that can run goes on, drawn at random
-// (`seed`); in half of the blocks some warps are drawn far more often, so that they run ahead. So what stands between
-// two meetings happens in another order each time, and a missing barrier shows as a wrong result for some seed. Shared
-// memory is NaN before each block and has guards behind it; lanes and threads that do not come to a meeting, or to
-// another one, are errors with the place of each.
+// A launch runs one block after another, from either end of the grid. The threads of a block are fibers of one CPU
+// thread: each runs until it meets others (a barrier, or an operation of a warp), or ends, and then any other that can
+// run goes on, drawn at random; in half of the blocks some warps are drawn far more often, so that they run ahead. What
+// is drawn follows from `seed`. So what stands between two meetings happens in another order each time, and a missing
+// barrier shows as a wrong result for some seed. Shared memory is NaN before each block and has guards behind it; lanes
+// and threads that do not come to a meeting, or to another one, are errors with the place of each.
 //
 // What this cannot show, since it has one CPU thread and the CPU's memory:
-//   - races between blocks, and memory order: every write is seen at once, in the order of the program
+//   - races between blocks beyond who comes first, and memory order: every write is seen at once, in the order of the program
 //   - asynchronous copies: `copy16_async` copies when it is called, so a forgotten wait is not noticed; a forgotten
 //     barrier is
 //   - what a wrong `__restrict__` or a misaligned address of global memory does; alignment is checked where vectors are
@@ -117,12 +117,14 @@ class Machine {
     memory_.assign(bytes + GUARD + 128, 0);
     shared = memory_.data() + (128 - reinterpret_cast<uintptr_t>(memory_.data()) % 128) % 128;
     shared_bytes = bytes;
-    for (unsigned z = 0; z < grid.z; z++)
-      for (unsigned y = 0; y < grid.y; y++)
-        for (unsigned x = 0; x < grid.x; x++) {
-          block_index = dim3(x, y, z);
-          block(name);
-        }
+    const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+    // from either end: of two that write to one place, another wins
+    const bool backwards = random_() % 2;
+    for (uint64_t i = 0; i < blocks; i++) {
+      const uint64_t n = backwards ? blocks - 1 - i : i;
+      block_index = dim3(unsigned(n % grid.x), unsigned(n / grid.x % grid.y), unsigned(n / grid.x / grid.y));
+      block(name);
+    }
     body_ = nullptr;
   }
 

@@ -38,8 +38,6 @@ def forward(
 
 def backward(gradient: Tensor, place: Tensor, masked: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient of x, of positions, of the mask token): the first in `dtype`, the others in float32."""
-    if gradient.stride(-1) != 1:
-        gradient = gradient.contiguous()
     _, B, P = place.shape
     D, device = gradient.shape[1], gradient.device
     chunks = -(-B // CHUNK)

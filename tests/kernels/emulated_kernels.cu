@@ -35,6 +35,12 @@ TEST_KERNEL turns(uint64_t seed, int* out, int threads) {
   });
 }
 
+// Lists blocks as they come to their turn.
+TEST_KERNEL turns_of_blocks(uint64_t seed, int* out) {
+  int at = 0;
+  return run("turns_of_blocks", seed, 5, 1, 0, [&] { out[at++] = blockIdx.x; });
+}
+
 // Each thread reads what its neighbour wrote.
 TEST_KERNEL neighbours(uint64_t seed, float* out, int threads, int with_barrier) {
   return run("neighbours", seed, 2, threads, threads * 4, [&] {

@@ -52,6 +52,15 @@ def test_threads_take_turns_in_an_order_that_its_seed_decides(run: Run) -> None:
     assert order(0) == first and order(1) != first and first[:64] != first[64:]
 
 
+def test_blocks_come_from_either_end_of_the_grid(run: Run) -> None:
+    orders = set()
+    for seed in SEEDS:
+        out = torch.full((5,), -1, dtype=torch.int32)
+        run("turns_of_blocks", out, seed=seed)
+        orders.add(tuple(out.tolist()))
+    assert orders == {(0, 1, 2, 3, 4), (4, 3, 2, 1, 0)}
+
+
 def test_a_missing_barrier_shows_for_some_seed_and_none_that_is_there(run: Run) -> None:
     expected = torch.arange(1, 65).remainder(64).float().repeat(2)
     some = False

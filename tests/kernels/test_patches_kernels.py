@@ -183,6 +183,18 @@ def test_lists_of_patches_as_long_as_those_of_base(monkeypatch: pytest.MonkeyPat
 
 
 @both_backends
+@pytest.mark.parametrize("tail", [1, 16, 17, 100])  # a program takes 8 rows or 16 at a time
+def test_views_with_a_long_tail(tail: int) -> None:
+    pair = masks(2, [1, 0])
+    rows = 2 * (2 + 1) + (1 + 1) + (2 + 1)
+    with use_backend(under_test()), guards():
+        out = embed_views(*leaves(2, 2, 5), *pair, ["clean", "drop"], rows + tail)
+    with use_backend("dense"):
+        expected = embed_views(*leaves(2, 2, 5), *pair, ["clean", "drop"], rows + tail)
+    assert len(out.rows) == rows + tail and out.rows.equal(expected.rows)
+
+
+@both_backends
 def test_views_of_strided_rows() -> None:
     x, positions, class_token, mask_token = leaves(3, 4, 6)
     pair = masks(4, [1, 2, 3])
@@ -289,13 +301,14 @@ def test_rows_that_32_bits_cannot_count() -> None:
 
 
 @pytest.mark.backends("cuda")
+@pytest.mark.parametrize("begin", [0, 1])  # rows whose strides no vector has, and whose addresses no vector has
 @pytest.mark.parametrize("odd", range(5))
-def test_addresses_and_strides_that_no_vector_has(odd: int) -> None:
+def test_addresses_and_strides_that_no_vector_has(odd: int, begin: int) -> None:
     def moved(x: Tensor) -> Tensor:
-        """The same values four bytes behind an address that a vector could have, and rows 36 bytes apart."""
+        """The same values, 36 bytes from row to row."""
         whole = x.new_full((*x.shape[:-1], 9), float("nan"))
-        whole[..., 1:] = x
-        return whole[..., 1:]
+        whole[..., begin : begin + 8] = x
+        return whole[..., begin : begin + 8]
 
     given = leaves(2, 3, 8)
     run = views(masks(3, [1, 2]), ["replace", "clean"])
