@@ -159,6 +159,57 @@ def test_explain_says_when_it_is_taken() -> None:
 
 
 @pytest.mark.backends("cuda")
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("patch", [8, 16, 24, 32])  # rows of which 8 bytes are a part: 192 values to 3072
+def test_vectors_equal_the_reference(patch: int, dtype: torch.dtype) -> None:
+    prediction, images, rows = case(patch, (2, 2), [0, 5, -1, 11, 2], dtype)
+    for per_patch in (False, True):
+        run = loss(guarded(images), rows, patch, per_patch=per_patch)
+        assert_equals_reference(run, [guarded(prediction)], slack=4)
+
+
+def odd_images(images: Tensor) -> dict[str, Tensor]:
+    """The same pixels where no vector can read them, each for a reason of its own."""
+    B, height, width, _ = images.shape
+
+    def lying(begin: int, b: int, h: int, w: int, c: int) -> Tensor:
+        whole = torch.full((begin + B * b + height * h + width * w + 3 * c,), 255, dtype=torch.uint8, device=DEVICE)
+        found = whole[begin:].as_strided(images.shape, (b, h, w, c))
+        return found.copy_(images)
+
+    row, image = 3 * width, 3 * width * height
+    return {
+        "address": lying(1, image, row, 3, 1),
+        "from image to image": lying(0, image + 4, row, 3, 1),
+        "from row to row": lying(0, 2 * image, row + 4, 3, 1),
+        "from pixel to pixel": lying(0, 2 * image, 4 * width, 4, 1),
+        "from channel to channel": lying(0, 3 * image, row, 3, image),
+    }
+
+
+@pytest.mark.backends("cuda")
+def test_addresses_and_strides_that_no_vector_has() -> None:
+    prediction, images, rows = case(8, (2, 2), [0, 5, 11], torch.float32)
+    for other in odd_images(images).values():
+        assert other.equal(images)
+        assert_equals_reference(loss(other, rows, 8), [prediction])
+    for begin in (0, 1):  # rows whose strides no vector has, and whose addresses no vector has
+        whole = prediction.new_full((3, prediction.shape[1] + 1), float("nan"))
+        whole[:, begin : begin + prediction.shape[1]] = prediction
+        assert_equals_reference(loss(images, rows, 8), [whole[:, begin : begin + prediction.shape[1]]])
+
+
+@pytest.mark.parametrize("patch", [3, 1])  # within a patch, and from patch to patch
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_rows_pixels_and_channels_far_apart(axis: int, patch: int) -> None:
+    _, images, _ = case(3, (1, 1), [], torch.float32)
+    images = images[:1]
+    far = far_apart(images.transpose(0, axis).contiguous()).transpose(0, axis)
+    prediction, _, rows = case(patch, (1, 1), [0] if patch == 3 else [0, 8, 5], torch.float32)
+    assert_equals_reference(loss(far, rows, patch, per_patch=patch > 1), [prediction])
+
+
+@pytest.mark.backends("cuda")
 def test_no_order_of_threads_matters() -> None:
     for patch in (4, 16):
         prediction, images, rows = case(patch, (2, 2), [1, -1, 3, 9, 4, 2], torch.float32)
