@@ -8,10 +8,11 @@ Native parts are what setup.py compiles where it can: CUDA kernels (csrc/cuda) a
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -127,5 +128,17 @@ def lines() -> Iterator[str]:
         yield f"  {explain(name)}"
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    return argparse.ArgumentParser(prog="python -m mvle_kernels.info", description=(__doc__ or "").splitlines()[0])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """What the command line does."""
+    parser().parse_args(arguments)
     print("\n".join(lines()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -114,6 +114,8 @@ def check_words(words: Sequence[str]) -> None:
         check_module(options.training_script, options.training_script_args)
     elif program == "python" and words[:1] == ["-m"]:
         check_module(words[1], words[2:])
+    elif program == "python" and words[:1] == ["csrc/build.py"]:
+        assert words[1:] in (["cuda"], ["emulated"]), words
     else:
         assert program == "ruff" and words[0] in ("check", "format"), f"{program}: a program that no test knows"
 

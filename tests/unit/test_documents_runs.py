@@ -37,6 +37,7 @@ NOT_RUN = {
     r"python -m mvle\.(capacity|evaluate|evaluate all|report)": "names the program; its words stand elsewhere",
     r"python -m mvle\.capacity base --ranks 8 --gpu h100": "traces for seconds; the same runs for 1, 8 and 64 ranks",
     r"python -m mvle_kernels\.regress": "compiles for minutes; tests/kernels/test_regress.py runs it",
+    r"python csrc/build\.py emulated": "compiles; the tests of kernels in CUDA begin with it",
     r"python -m mvle_kernels\.tune": "tunes on a GPU, and changes launches.json; tests/kernels/test_tune.py runs it",
     r"python -m benchmarks\.counts( --write)?": "counts for half a minute: tests/unit/test_step_counts.py does so; "
     "--write changes the baseline",
