@@ -67,7 +67,7 @@ def train(name: str, overrides: Sequence[str], dry: bool, stop: StopFlag) -> int
     from .config import ConfigError, load_config, require_data
     from .data.errors import DataError
     from .data.tokenizer import check_tokenizer
-    from .engine.errors import CheckpointError, RunError
+    from .engine.errors import CheckpointError, OptimError, RunError
     from .engine.parallel import Parallel, ParallelError
     from .engine.skips import NotFiniteError
     from .engine.trackers import TrackerError, check_trackers
@@ -105,6 +105,7 @@ def train(name: str, overrides: Sequence[str], dry: bool, stop: StopFlag) -> int
         RunError,
         SplitError,
         CheckpointError,
+        OptimError,
         ParallelError,
         TrackerError,
         OSError,

@@ -32,7 +32,7 @@ class Built:
     first weights that were not drawn came from, in lines."""
 
     model: MaskVLM
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: Ema | None
     parameters: dict[str, int]
     origin: tuple[str, ...] = ()

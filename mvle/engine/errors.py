@@ -11,6 +11,10 @@ class RunError(ValueError):
     """A folder that holds no run, and no export of one, that can be opened."""
 
 
+class OptimError(ValueError):
+    """What optim.backend names cannot be used here."""
+
+
 def first_cause(error: BaseException) -> str:
     """Kind and first line of what went wrong, from inside DCP's wrapping."""
     for inner, *_ in getattr(error, "failures", {}).values():

@@ -6,7 +6,7 @@ No call here waits for the device: norms, clipping and the decision to skip stay
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, field_validator
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ..section import Section
+from .errors import OptimError
 from .schedule import ScheduleConfig, learning_rate_factor, set_learning_rates  # noqa: F401  until its users import it
 
 
@@ -33,6 +34,9 @@ class OptimConfig(Section):
     clip: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     max_skipped: int = Field(
         5, gt=0, description="so many steps in a row whose gradient is not finite stop the run; fewer are skipped"
+    )
+    backend: Literal["torch", "apex"] = Field(
+        "torch", description="whose fused AdamW: torch's, or NVIDIA apex's (on a GPU, where that is installed)"
     )
     ema: float | None = Field(
         None, gt=0, lt=1, description="a slow average of the weights is kept, with this decay a step; null: none"
@@ -60,17 +64,18 @@ class Trainable(Protocol):
         """As nn.Module has it."""
 
 
-def build_optimizer(model: Trainable, config: OptimConfig) -> AdamW:
+def build_optimizer(model: Trainable, config: OptimConfig) -> torch.optim.Optimizer:
     """Fused AdamW over at most four groups: encoder or other, decayed or not; each knows its `peak` learning rate.
 
-    Call it after the model was sharded: an optimizer made before holds parameters that no longer exist.
+    Call it after the model was sharded: an optimizer made before holds parameters that no longer exist. Raises
+    OptimError for optim.backend=apex where that cannot be used.
     """
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = (model.is_encoder(name), model.decay(name, parameter))
             members.setdefault(kind, []).append(parameter)
-    groups = []
+    groups: list[dict[str, Any]] = []
     for (encoder, decayed), parameters in sorted(members.items()):
         peak = config.encoder_lr if encoder and config.encoder_lr is not None else config.lr
         groups.append(
@@ -82,6 +87,12 @@ def build_optimizer(model: Trainable, config: OptimConfig) -> AdamW:
                 "weight_decay": config.weight_decay if decayed else 0.0,
             }
         )
+    if config.backend == "apex":
+        from .optim_apex import ApexAdamW
+
+        if any(p.device.type not in ("cuda", "meta") for group in groups for p in group["params"]):
+            raise OptimError("optim.backend=apex needs a GPU: its kernel is for CUDA. Set optim.backend=torch.")
+        return ApexAdamW(groups, betas=config.betas, eps=config.eps)
     return AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
