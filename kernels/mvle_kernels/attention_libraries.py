@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import cuda_support, triton_support
+from . import cuda_support, optional, triton_support
 from .layout import has_tail, may_be_empty, padded_length
 from .packed import once, row_index
 
@@ -181,7 +181,7 @@ def refuse_xformers(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str
         return reason
     if plan.q.lengths is None or plan.k.lengths is None:
         return "needs lengths on the host"
-    return None
+    return optional.xformers()[1]  # last: it imports xformers, once, to see whether it loads
 
 
 def _xformers_parts() -> tuple[Callable[..., Tensor], Callable[..., Any]]:

@@ -120,6 +120,7 @@ def test_what_a_library_cannot_take_is_refused_with_the_reason(monkeypatch: pyte
         "and some may be empty": ([OnGpu()] * 3, plan_of([3, 1], [2, 1], known=False)),
     }
     monkeypatch.setattr(attention_libraries, "installed", lambda _: True)
+    monkeypatch.setattr(attention_libraries.optional, "xformers", lambda: ("0.0.35", None))
     assert refuse_varlen(*[OnGpu()] * 3, plan) is None and refuse_xformers(*[OnGpu()] * 3, plan) is None
     for words, (inputs, of) in cases.items():
         for refuse in (refuse_varlen, refuse_xformers):
@@ -128,6 +129,10 @@ def test_what_a_library_cannot_take_is_refused_with_the_reason(monkeypatch: pyte
     plan = attention_plan(unknown, forget_lengths(layout([2, 2])))
     monkeypatch.setattr(attention_libraries, "may_be_empty", lambda _: False)
     assert refuse_xformers(*[OnGpu()] * 3, plan) == "needs lengths on the host"
+    plan = plan_of([3, 1], [2, 5])
+    broken = "xformers 0.0.1 does not load: no symbol"
+    monkeypatch.setattr(attention_libraries.optional, "xformers", lambda: (None, broken))
+    assert refuse_xformers(*[OnGpu()] * 3, plan) == broken
     monkeypatch.setattr(attention_libraries, "installed", lambda _: False)
     assert refuse_xformers(*[OnGpu()] * 3, plan) == "xformers is not installed"
     assert refuse_varlen(*[OnGpu()] * 3, plan) == "this torch has no torch.nn.attention.varlen"

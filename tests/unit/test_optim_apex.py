@@ -1,7 +1,8 @@
 """AdamW by apex's kernel is torch's AdamW: the same weights, state, skips and checkpoints.
 
 apex runs on a GPU alone. On a CPU a stand-in takes the place of its kernel: the same arguments, looked at one by one,
-and the same arithmetic in plain torch. What is held here is everything around the kernel; the last test has the real one.
+and the same arithmetic in plain torch. What is held here is everything around the kernel; the last test has the real
+one.
 """
 
 from __future__ import annotations
