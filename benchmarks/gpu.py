@@ -176,6 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     paths = [str(PACKAGES), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    sys.path.insert(0, str(ROOT / "kernels"))
     if PACKAGES.is_dir():
         sys.path.insert(0, str(PACKAGES))
     if large := missing(LARGE):
@@ -192,6 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
         if find_spec(package) is None:
             print(f"no {package}: {why}, and will be skipped")
     (ROOT / "runs").mkdir(exist_ok=True)
+    print(cuda_kernels())
     device = look("import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')")
     no_device = (
         None if device else f"needs a CUDA device; torch {look('import torch; print(torch.__version__)')} sees none"
@@ -216,6 +218,25 @@ def main(arguments: list[str] | None = None) -> int:
         write_kernels(result)
     print(f"wrote {out}")
     return int(any(found["status"] == "failed" for found in result["parts"].values()))
+
+
+def cuda_kernels() -> str:
+    """Which library of CUDA kernels the parts take: the one that is named or installed, else one that is built now.
+    Without any they are skipped, each with this reason."""
+    from mvle_kernels import compiled_cuda, cuda_support
+
+    if found := cuda_support.library():
+        return f"CUDA kernels: {found}"
+    build, folder = compiled_cuda.builder(), ROOT / "build" / "cuda"
+    try:
+        how = build.build_cuda(folder, folder / build.LIBRARY)
+    except (build.Missing, RuntimeError) as reason:
+        return (
+            f"no CUDA kernels, which are skipped: {reason}. Bring the library along: python csrc/build.py cuda where "
+            "nvcc is, then make gpu with MVLE_CUDA_LIBRARY=path"
+        )
+    os.environ["MVLE_CUDA_LIBRARY"] = str(folder / build.LIBRARY)
+    return f"CUDA kernels: built now by {how}"
 
 
 def write_steps(result: dict[str, Any]) -> None:

@@ -33,10 +33,15 @@ KERNELS = 25  # rows of the list of kernels
 Answer = Callable[[dict[str, Any]], None]
 
 
+def kernel_tests() -> list[Path]:
+    """Those that run kernels on the device that is there, whoever wrote them."""
+    folder = ROOT / "tests" / "kernels"
+    return sorted(path for name in ("*triton*", "*_kernels", "on_a_gpu") for path in folder.glob(f"test_{name}.py"))
+
+
 def tests(answer: Answer) -> None:
     """Tests marked `gpu`, and the tests of kernels whole: they run on whatever device is there."""
-    folder = ROOT / "tests"
-    kernels = sorted({*(folder / "kernels").glob("test_*triton*.py"), folder / "kernels" / "test_on_a_gpu.py"})
+    folder, kernels = ROOT / "tests", kernel_tests()
     marked = sorted(p for p in folder.rglob("test_*.py") if "mark.gpu" in p.read_text() and p not in kernels)
     files, say, failed = list[str](), list[str](), list[str]()
     # what only a GPU can tell first: a kernel compiles for each dtype and size that a test has

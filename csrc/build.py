@@ -58,7 +58,9 @@ def torch_include() -> Path:
     """torch's headers. Raises Missing."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
-        raise Missing("torch is not in the environment that builds: build with --no-build-isolation beside an installed torch")
+        raise Missing(
+            "torch is not in the environment that builds: build with --no-build-isolation beside an installed torch"
+        )
     return Path(spec.origin).parent / "include"
 
 
