@@ -84,7 +84,7 @@ def test_a_case_names_every_backend_that_it_does_not_measure() -> None:
     problem = Case("patches", PROBLEMS["views, drop"]).problem(CPU, torch.float32)
 
     known = {*problem.providers, *problem.skipped}
-    assert known == {"auto", "plain", COMPILED, "triton", "dense"} and "dense" in problem.providers
+    assert known == {"auto", "plain", COMPILED, "triton", "cuda", "dense"} and "dense" in problem.providers
     assert all(problem.skipped.values())
 
 
