@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_support, optional, triton_support
+from .dispatch import OPS
 from .layout import has_tail, may_be_empty, padded_length
 from .packed import once, row_index
 
@@ -76,18 +77,20 @@ def choice(plan: AttentionPlan) -> Choice:
 
 def unasked_triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     """Why a call that Triton could take goes elsewhere: on a CPU, or by the table, if that backend takes it."""
-    return triton_support.unasked(q) or _chosen_elsewhere(q, k, v, plan)
+    return triton_support.unasked(q) or _chosen_elsewhere("triton", q, k, v, plan)
 
 
 def unasked_cuda(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
-    """The same of our CUDA kernels, which are asked where Triton cannot be had."""
-    return cuda_support.unasked(q) or _chosen_elsewhere(q, k, v, plan)
+    """The same of our CUDA kernels, which serve where the table names them, or where Triton cannot be had."""
+    return cuda_support.unasked(q) or _chosen_elsewhere("cuda", q, k, v, plan)
 
 
-def _chosen_elsewhere(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
+def _chosen_elsewhere(own: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     found = choice(plan)
-    refuse = {"varlen": refuse_varlen, "xformers": refuse_xformers}.get(found.backend)
-    return str(found) if refuse is not None and refuse(q, k, v, plan) is None else None
+    if found.backend == own:
+        return None
+    other = next(b for b in OPS["ragged_attention"].backends if b.name == found.backend)
+    return str(found) if other.refuse(q, k, v, plan) is None else None
 
 
 # ---- what both refuse -----------------------------------------------------------------------------------------------

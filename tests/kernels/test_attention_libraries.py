@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 from mvle_kernels import AttentionPlan, attention_libraries, attention_plan, explain, ragged_attention, use_backend
-from mvle_kernels.attention_libraries import CHOICES, choice, refuse_varlen, refuse_xformers, unasked_triton
+from mvle_kernels.attention_libraries import (
+    CHOICES,
+    Choice,
+    choice,
+    refuse_varlen,
+    refuse_xformers,
+    unasked_cuda,
+    unasked_triton,
+)
 from mvle_kernels.dispatch import OPS
 from torch import Tensor
 
@@ -155,6 +163,23 @@ def test_the_table_leaves_out_no_shape_and_says_what_was_not_measured() -> None:
     for q in (0, 1, 128, 129, 1024):
         for k in (0, 1, 128, 129, 1024):
             assert choice(plan_of([q], [k])) in CHOICES
+
+
+def test_a_row_of_the_table_sends_a_call_to_the_cuda_kernels_where_they_take_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short, inputs = plan_of([197], [14]), [OnGpu()] * 3
+    backends = {backend.name: backend for backend in OPS["ragged_attention"].backends}
+    monkeypatch.setitem(vars(backends["triton"]), "refuse", lambda *_: None)
+    monkeypatch.setitem(vars(backends["cuda"]), "refuse", lambda *_: None)
+    assert unasked_triton(*inputs, short) is None
+    assert "goes to triton" in str(unasked_cuda(*inputs, short))
+    measured = Choice("anything", (0, 10**9), (0, 10**9), "cuda", "it took less", "a GPU, a day, a command")
+    monkeypatch.setattr(attention_libraries, "CHOICES", (measured,))
+    assert unasked_triton(*inputs, short) == "anything goes to cuda: it took less (a GPU, a day, a command)"
+    assert unasked_cuda(*inputs, short) is None
+    monkeypatch.setitem(vars(backends["cuda"]), "refuse", lambda *_: "not here")
+    assert unasked_triton(*inputs, short) is None
 
 
 @pytest.mark.skipif(find_spec("torch.nn.attention.varlen") is None, reason="torch without varlen attention")
