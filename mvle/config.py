@@ -48,6 +48,7 @@ FREE_ON_RESUME = (
     "data.index_folder",
     "data.threads",
     "data.max_bad_share",
+    "optim.backend",
     "optim.max_skipped",
     "batch.micro",
     "parallel",

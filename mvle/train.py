@@ -68,6 +68,7 @@ def train(name: str, overrides: Sequence[str], dry: bool, stop: StopFlag) -> int
     from .data.errors import DataError
     from .data.tokenizer import check_tokenizer
     from .engine.errors import CheckpointError, OptimError, RunError
+    from .engine.optim import check_optimizer
     from .engine.parallel import Parallel, ParallelError
     from .engine.skips import NotFiniteError
     from .engine.trackers import TrackerError, check_trackers
@@ -80,6 +81,7 @@ def train(name: str, overrides: Sequence[str], dry: bool, stop: StopFlag) -> int
     try:
         # what needs no model and no other rank is said first, within seconds
         config = load_config(name, overrides)
+        check_optimizer(config.optim, config.run.device)
         if not dry:
             from .engine.first_weights import check_first_weights
 

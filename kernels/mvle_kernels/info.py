@@ -92,10 +92,10 @@ def header_pass() -> Part:
     return Part(name, missing=f"{why}; indexing takes its twin in Python", remedy=remedy)
 
 
-def library(name: str, remedy: str, state: tuple[str | None, str | None]) -> Part:
+def library(name: str, state: optional.State) -> Part:
     """A library that can serve in the place of our own code; state: its version, and why it cannot be used."""
     found, why = state
-    return Part(name, missing=why, remedy=remedy) if why else Part(name, found or "")
+    return Part(name, missing=why, remedy=optional.TO_HAVE[name]) if why else Part(name, found or "")
 
 
 def parts() -> Iterator[Part]:
@@ -104,10 +104,8 @@ def parts() -> Iterator[Part]:
     yield triton()
     yield cuda_kernels()
     yield header_pass()
-    yield library("xformers", "pip install xformers", optional.xformers())
-    yield library(
-        "apex", "build NVIDIA's from its repository with its CUDA extensions (optim.backend=apex)", optional.apex()
-    )
+    yield library("xformers", optional.xformers())
+    yield library("apex", optional.apex())
 
 
 def _version(package: str) -> str:

@@ -88,6 +88,7 @@ def describe_build(config: Config, parallel: Parallel, arithmetic: BatchArithmet
         f"batch       {arithmetic}; one contrast over all of them\n"
         f"parameters  {total / 1e6:.2f}M: {parts}{average}\n"
         f"{origin}"
+        f"optimizer   AdamW by the fused kernel of {config.optim.backend} (optim.backend)\n"
         f"masking     {config.masking.mode}: {config.masking.image_ratio} of {config.masking.cell}-pixel cells, "
         f"{config.masking.text_ratio} of a caption's tokens; {CONTEXTS[config.masking.context]}\n"
         + "".join(f"approximate {line}\n" for line in config.approximations)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, first_cause
+from .optim_apex import ApexAdamW
 from .parallel import Parallel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -117,6 +118,8 @@ def restore(
     tensors = state_tensors(model, optimizer, ema)
     _check_fit(path, stored, tensors)
     _read(reader, tensors, group)
+    if isinstance(optimizer, ApexAdamW):
+        optimizer.share_steps()
 
 
 def load_weights(path: Path, model: nn.Module, weights: str = "model") -> None:

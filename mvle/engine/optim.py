@@ -65,11 +65,25 @@ class Trainable(Protocol):
 
 
 def build_optimizer(model: Trainable, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW over at most four groups: encoder or other, decayed or not; each knows its `peak` learning rate.
+    """Fused AdamW over the groups of a model, by torch or apex.
 
     Call it after the model was sharded: an optimizer made before holds parameters that no longer exist. Raises
     OptimError for optim.backend=apex where that cannot be used.
     """
+    groups = parameter_groups(model, config)
+    if config.backend == "torch":
+        return AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+    from .optim_apex import ApexAdamW
+
+    if devices := {p.device.type for group in groups for p in group["params"]} - {"cuda"}:
+        raise OptimError(
+            f"optim.backend=apex needs a GPU; got parameters on {', '.join(devices)}. Set optim.backend=torch."
+        )
+    return ApexAdamW(groups, betas=config.betas, eps=config.eps)
+
+
+def parameter_groups(model: Trainable, config: OptimConfig) -> list[dict[str, Any]]:
+    """At most four: encoder or other, decayed or not; each knows its `peak` learning rate."""
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -87,13 +101,15 @@ def build_optimizer(model: Trainable, config: OptimConfig) -> torch.optim.Optimi
                 "weight_decay": config.weight_decay if decayed else 0.0,
             }
         )
-    if config.backend == "apex":
-        from .optim_apex import ApexAdamW
+    return groups
 
-        if any(p.device.type not in ("cuda", "meta") for group in groups for p in group["params"]):
-            raise OptimError("optim.backend=apex needs a GPU: its kernel is for CUDA. Set optim.backend=torch.")
-        return ApexAdamW(groups, betas=config.betas, eps=config.eps)
-    return AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+
+def check_optimizer(config: OptimConfig, device: str) -> None:
+    """Before anything is built: raises OptimError where optim.backend cannot be used. device: run.device."""
+    if config.backend == "apex":
+        from .optim_apex import check_apex
+
+        check_apex(device)
 
 
 def total_norm(optimizer: torch.optim.Optimizer) -> Tensor:
@@ -111,9 +127,9 @@ def clip_and_step(optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[Te
     """
     norm = total_norm(optimizer)
     skipped = (~torch.isfinite(norm)).to(torch.float32).reshape(())
-    # Fused AdamW divides gradients by grad_scale as it reads them, so clipping costs no pass of its own; and it leaves
-    # everything alone where found_inf is 1, before it reads a gradient: a norm of NaN reaches nothing. Both must be
-    # 0-d to mix with sharded gradients.
+    # Fused AdamW, torch's and apex's alike, divides gradients by grad_scale as it reads them, so clipping costs no pass
+    # of its own; and it leaves everything alone where found_inf is 1, before it reads a gradient: a norm of NaN reaches
+    # nothing. Both must be 0-d to mix with sharded gradients.
     optimizer.grad_scale = (norm / max_norm).clamp(min=1.0).to(torch.float32).reshape(())  # type: ignore[attr-defined]
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()

@@ -22,6 +22,7 @@ from mvle.engine.parallel import Parallel
 from mvle.engine.train_step import TrainStep
 from mvle.model.model import MaskVLM
 
+from ..apex_stand_in import by_apex
 from ..helpers import MASK, NAMES, VOCABULARY, make_batch, make_config
 from .small_run import small_config
 
@@ -207,18 +208,20 @@ def test_micro_batches_with_one_contrast_wait_for_nothing() -> None:
     assert len(pieces) == 2 and sums["itc"].device.type == "lazy"
 
 
-def test_optimizer_and_average_on_a_fake_gpu_wait_for_nothing() -> None:
+@pytest.mark.parametrize("build_one", [build_optimizer, by_apex], ids=["torch", "apex"])
+def test_optimizer_and_average_on_a_fake_gpu_wait_for_nothing(build_one: Callable[..., Any]) -> None:
     with fake_device() as device:
         with device:
             model = MaskVLM(make_config(), VOCABULARY, MASK)
-        optimizer, ema = build_optimizer(model, OptimConfig()), Ema(model, 0.99)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+        optimizer, ema = build_one(model, OptimConfig()), Ema(model, 0.99)
         with RefuseSyncs() as watch:
-            norm, skipped = clip_and_step(optimizer, 1.0)
-            model.clamp_temperature()
-            ema.update(3, skipped)
-            optimizer.zero_grad(set_to_none=True)
+            for step in range(2):  # the first makes the state
+                for parameter in model.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+                norm, skipped = clip_and_step(optimizer, 1.0)
+                model.clamp_temperature()
+                ema.update(step, skipped)
+                optimizer.zero_grad(set_to_none=True)
 
     assert norm.device.type == skipped.device.type == "cuda"
     assert not watch.copies
