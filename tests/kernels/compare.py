@@ -20,7 +20,8 @@ def results(
         out = op(*leaves)
         if out.requires_grad:  # an output of nothing need not
             generator = torch.Generator().manual_seed(seed)
-            out.backward(torch.randn(out.shape, generator=generator, dtype=out.dtype))
+            gradient = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+            out.backward(gradient.to(out.device, out.dtype))
     return out.detach(), [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
 
 

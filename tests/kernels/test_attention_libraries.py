@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from mvle_kernels import AttentionPlan, attention_libraries, attention_plan, explain, ragged_attention, use_backend
+from mvle_kernels import (
+    AttentionPlan,
+    attention_libraries,
+    attention_plan,
+    explain,
+    optional,
+    ragged_attention,
+    use_backend,
+)
 from mvle_kernels.attention_libraries import (
     CHOICES,
     Choice,
@@ -116,6 +124,16 @@ def test_varlen_is_called_as_this_torch_wants_it() -> None:
     assert all(p.default is not inspect.Parameter.empty for p in parameters[7:])
 
 
+def test_xformers_is_called_as_it_wants_it() -> None:
+    if reason := optional.xformers()[1]:
+        pytest.skip(f"xformers cannot be used: {reason}")
+    attend, mask_of = attention_libraries._xformers_parts()
+    names = list(inspect.signature(attend).parameters)
+    assert names[:4] == ["query", "key", "value", "attn_bias"]
+    mask = mask_of([3, 1], [2, 5], device=torch.device("cpu"))
+    assert mask.q_seqinfo.seqstart.tolist() == [0, 3, 4] and mask.k_seqinfo.seqstart.tolist() == [0, 2, 7]
+
+
 def test_what_a_library_cannot_take_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of([3, 1], [2, 5])
     cases = {
@@ -128,7 +146,7 @@ def test_what_a_library_cannot_take_is_refused_with_the_reason(monkeypatch: pyte
         "and some may be empty": ([OnGpu()] * 3, plan_of([3, 1], [2, 1], known=False)),
     }
     monkeypatch.setattr(attention_libraries, "installed", lambda _: True)
-    monkeypatch.setattr(attention_libraries.optional, "xformers", lambda: ("0.0.35", None))
+    monkeypatch.setattr(optional, "xformers", lambda: ("0.0.35", None))
     assert refuse_varlen(*[OnGpu()] * 3, plan) is None and refuse_xformers(*[OnGpu()] * 3, plan) is None
     for words, (inputs, of) in cases.items():
         for refuse in (refuse_varlen, refuse_xformers):
@@ -139,7 +157,7 @@ def test_what_a_library_cannot_take_is_refused_with_the_reason(monkeypatch: pyte
     assert refuse_xformers(*[OnGpu()] * 3, plan) == "needs lengths on the host"
     plan = plan_of([3, 1], [2, 5])
     broken = "xformers 0.0.1 does not load: no symbol"
-    monkeypatch.setattr(attention_libraries.optional, "xformers", lambda: (None, broken))
+    monkeypatch.setattr(optional, "xformers", lambda: (None, broken))
     assert refuse_xformers(*[OnGpu()] * 3, plan) == broken
     monkeypatch.setattr(attention_libraries, "installed", lambda _: False)
     assert refuse_xformers(*[OnGpu()] * 3, plan) == "xformers is not installed"
@@ -198,3 +216,21 @@ def test_the_order_of_backends_and_what_a_cpu_takes() -> None:
     plan = plan_of([3, 1], [2, 5])
     said = explain(ragged_attention, *[random(n, H, 16).float() for n in (4, 7, 7)], plan)
     assert "varlen refused: needs a GPU" in said and "xformers refused: " in said and "dense chosen" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tail", [0, 3])
+@pytest.mark.parametrize("name", ["varlen", "xformers"])
+def test_on_a_gpu_a_library_makes_what_torchs_ops_make(name: str, tail: int) -> None:
+    on_cpu = plan_of([197, 3, 150], [197, 14, 130], tail=tail)
+    plan = attention_plan(on_cpu.q.to("cuda"), on_cpu.k.to("cuda"))
+    inputs = [random(x.total, H, 64, seed=i).cuda() for i, x in enumerate((plan.q, plan.k, plan.k))]
+    rounded = [x.bfloat16() for x in inputs]
+    refuse = {"varlen": refuse_varlen, "xformers": refuse_xformers}[name]
+    if reason := refuse(*rounded, plan):
+        pytest.skip(f"{name}: {reason}")
+    got, found = results(attend(plan), rounded, name)
+    expected, truth = results(attend(plan), [x.double() for x in rounded], "reference")
+    for ours, true in zip([got, *found], [expected, *truth], strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=2e-2, atol=2e-2 * float(true.abs().max()))
+    assert not got[got.shape[0] - tail :].any()
