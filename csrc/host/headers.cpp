@@ -50,7 +50,8 @@ struct Found {
 
 class File {
  public:
-  explicit File(const std::string& path) : descriptor_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+  // nonblocking: opening a pipe would wait for somebody who writes
+  explicit File(const std::string& path) : descriptor_(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
     struct stat state;
     if (descriptor_ >= 0 && fstat(descriptor_, &state) == 0 && S_ISREG(state.st_mode)) size_ = state.st_size;
   }

@@ -181,9 +181,11 @@ def test_one_bad_shard_among_many_spoils_no_other(native: bool, tmp_path: Path) 
     (tmp_path / "5.tar").unlink()
     (tmp_path / "6.tar").unlink()
     (tmp_path / "6.tar").mkdir()
+    (tmp_path / "7.tar").unlink()
+    os.mkfifo(tmp_path / "7.tar")
     found = scan([tmp_path / f"{i}.tar" for i in range(9)], threads=3, compiled=native)
     for i, shard in enumerate(found):
-        if i in (4, 5, 6):
+        if i in (4, 5, 6, 7):
             assert isinstance(shard, DataError) and f"{i}.tar" in str(shard)
         else:
             assert isinstance(shard, Headers) and shard.name(0) == f"{i}.txt" and len(shard) == 1
