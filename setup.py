@@ -54,7 +54,7 @@ def host_extension() -> Extension | None:
         return None
     import pybind11
 
-    flags = ["-std=c++17", "-O2", "-fvisibility=hidden", *(["-Wall", "-Wextra", "-Werror"] if STRICT else [])]
+    flags = ["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", *(["-Wall", "-Wextra", "-Werror"] if STRICT else [])]
     sources = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "csrc" / "host").glob("*.cpp"))
     headers = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "csrc" / "host").glob("*.h"))
     return Extension(
