@@ -351,7 +351,8 @@ void attention_backward(const Tensor& gradient, const Tensor& q, const Tensor& k
     with_head(f.E, [&](auto padded) {
       constexpr int P = decltype(padded)::value;
       const int warps = q_tiles > 2 ? WARPS : q_tiles > 1 ? 2 : 1;
-      constexpr int most = 18432 / PITCH<P> / TILE * TILE;  // about 72 KiB of keys and values
+      // about 64 KiB of keys and values: beside queries of 128 values, not more than the 99 KiB of sm_86, sm_89, sm_120
+      constexpr int most = 16384 / PITCH<P> / TILE * TILE;
       f.span = std::min(most, std::max(1, k_tiles) * TILE);
       f.work = f.sequences * f.H * f.parts;
       const auto rows = [](const Tensor& x) { return rows_of<const T>(x); };

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -121,19 +121,24 @@ def kernels() -> tuple[str, dict[str, dict[str, int]]]:
 
 def launches() -> dict[str, dict[str, int]]:
     """How base and large launch each kernel. Raises the builder's Missing where there is no host compiler."""
+    return noted(variants())
+
+
+def noted(calls: Iterable[tuple[str, Callable[[], object]]]) -> dict[str, dict[str, int]]:
+    """How each of these (name, call) launches: the emulation notes it, and runs nothing."""
     build = builder()
     path = build.build_emulated(SOURCES.parent / "build" / "emulated")
     cuda_support.emulate(path)
     library = ctypes.CDLL(str(path))
     library.mvle_emulated_noted.restype = ctypes.c_char_p
     table = {}
-    for variant, call in variants():
+    for variant, call in calls:
         library.mvle_emulated_note()
         try:
             call()
         finally:
-            noted = library.mvle_emulated_noted().decode()
-        for line in noted.splitlines():
+            said = library.mvle_emulated_noted().decode()
+        for line in said.splitlines():
             kernel, threads, shared, blocks = line.split("\t")
             figures = {"threads": int(threads), "shared": int(shared), "programs": int(blocks)}
             table[f"csrc/cuda / {variant} / {kernel} / launch nvcc"] = figures

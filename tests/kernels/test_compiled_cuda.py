@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from mvle_kernels import compiled_cuda, regress
+import torch
+from mvle_kernels import attention_backward_cuda, attention_cuda, compiled_cuda, regress
 from mvle_kernels.compiled_cuda import demangled, read
 
 from .kernel_checks import unavailable
@@ -110,3 +112,20 @@ def test_every_op_in_cuda_has_launches_that_are_held() -> None:
         "embed_views_backward",
     }
     assert all(figures["shared"] <= 163 * 1024 and figures["programs"] > 0 for figures in held.values())
+
+
+@pytest.mark.parametrize("head", [16, 32, 64, 128])
+def test_no_attention_asks_for_more_shared_memory_than_the_smallest_architectures_have(head: int) -> None:
+    """sm_86, sm_89 and sm_120 run what is compiled for sm_80, or the PTX, with 99 KiB a block."""
+    if reason := unavailable("cuda"):
+        pytest.skip(reason)
+    for rows in (1, 17, 33, 197, 1024):
+        for keys in (14, 77, 197, 1024):
+            q, k = (torch.empty(n, 1, head, dtype=torch.bfloat16) for n in (rows, keys))
+            layout = torch.tensor([0, rows]), torch.tensor([0, keys]), None, None, rows, keys
+            calls = {
+                "forward": partial(attention_cuda.forward, q, k, k, *layout),
+                "backward": partial(attention_backward_cuda.backward, q, q, k, k, q, torch.empty(1, rows), *layout),
+            }
+            for name, figures in compiled_cuda.noted(calls.items()).items():
+                assert figures["shared"] <= 99 * 1024, f"{name}, {rows}x{keys}: {figures['shared']} bytes"
