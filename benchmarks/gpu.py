@@ -2,6 +2,7 @@
 
     make gpu                             in the Python environment that `python3` is; PYTHON=... names another
     make gpu WHEELS=folder               small packages that it lacks come from that folder of wheels
+    python -m benchmarks.gpu --parts kernels profile      those parts alone whose names begin so
     python -m benchmarks.gpu --exercise  every part on a CPU, at toy size: that it runs, not what it measures
 
 tests    of kernels, and those marked `gpu`                  roofs    products and copies: what no step can pass
@@ -171,9 +172,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="All that only a GPU can tell, in under ten minutes.")
     parser.add_argument("--wheels", type=Path, help="folder of wheels, for small packages that are missing")
     parser.add_argument("--exercise", action="store_true", help="on a CPU, at toy size")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="those alone whose names begin so, e.g. kernels")
     parser.add_argument("--out", type=Path, help="where the results go")
     parser.add_argument("--limit", type=float, help=f"seconds for all parts; {LIMIT}, and no limit for an exercise")
     options = parser.parse_args(arguments)
+    parts = tuple(p for p in PARTS if options.parts is None or p.name.startswith(tuple(options.parts)))
+    if not parts:
+        parser.error(f"no part begins with {options.parts}; there are: {'; '.join(p.name for p in PARTS)}")
     paths = [str(PACKAGES), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     sys.path.insert(0, str(ROOT / "kernels"))
@@ -205,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     about = look(f"import json; from benchmarks.report import about; print(json.dumps(about('{kind}')))")
     result: dict[str, Any] = {"about": json.loads(about), "exercise": options.exercise, "parts": {}}
     limit = options.limit or (36000 if options.exercise else LIMIT)
-    for part, found in run_all(PARTS, options.exercise, no_device, limit):
+    for part, found in run_all(parts, options.exercise, no_device, limit):
         result["parts"][part] = found
         out.write_text(json.dumps(result, indent=1) + "\n")
         took = f" in {found['seconds']} s" if "seconds" in found else ""

@@ -35,3 +35,9 @@ def test_cuda_kernels_are_found_or_built_or_their_absence_is_told(
     library.touch()
     monkeypatch.setenv("MVLE_CUDA_LIBRARY", str(library))
     assert gpu.cuda_kernels() == f"CUDA kernels: {library}"
+
+
+def test_parts_are_named_by_how_they_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--parts", "stepp"])
+    assert "no part begins with ['stepp']; there are: tests; roofs; kernels; step, base-256" in capsys.readouterr().err

@@ -111,7 +111,7 @@ def test_what_a_wheel_trained_and_exported_is_loaded_by_the_lines_of_the_readme(
     said = start(site, tmp_path, "-c", f"{lines}\nprint(mvle.__file__)").splitlines()
 
     assert said[-1] == str(site / "mvle" / "__init__.py")
-    shown = (r"\[\[-?[\d.]+\]\]", r"\[-?[\d.]+\]", r"\[\['.*'\]\]")  # a similarity, log-odds, a word
+    shown = (r"\[\[-?[\d.]+\]\]", r"\[-?[\d.]+\]", r"\[\[(['\"]).*\1\]\]")  # a similarity, log-odds, a word
     assert all(re.fullmatch(form, line) for form, line in zip(shown, said)), said
 
 
