@@ -12,16 +12,18 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mvle.model.model import MaskVLM
 
 from .counts import BASELINE, differences, release, step_counts
 from .kernel_report import kernel_table
-from .measure import copy_roof, matmul_roof, parts_of, wait
+from .measure import copy_roof, matmul_roof, parts_of, seconds, wait
 from .nosync import RefuseSyncs, SyncError
 from .providers import dtype_on, ours
 from .report import step_table
@@ -148,22 +150,34 @@ def profiled(answer: Answer, shape: str) -> None:
         parts = parts_of(run, models[-1], DEVICE)
         whole = sum(sum(part.values()) for part in parts.values())
         waits = host_waits(run)
-        found["modes"][mode] = {"parts": parts, "kernels": kernels(run), "host_waits": waits}
+        work = kernels(run)
+        busy = sum(k["microseconds"] for k in work) / 1e6
+        took = median(seconds(run, DEVICE) for _ in range(5))
+        found["modes"][mode] = {"parts": parts, "kernels": work, "host_waits": waits, "busy": busy, "seconds": took}
         shares = sorted(((sum(p.values()) / whole, name) for name, p in parts.items()), reverse=True)
         found["say"] += [f"{mode}: " + ", ".join(f"{name} {share:.0%}" for share, name in shares)]
+        found["say"] += [f"{mode}: kernels fill {busy * 1e3:.0f} ms of a step of {took * 1e3:.0f}"]
         found["say"] += [f"{mode}: the host waits for the device: " + (", ".join(waits) or "nowhere")]
         answer(found)
 
 
 def kernels(run: Callable[[], Any]) -> list[dict[str, Any]]:
-    """Those that take most time in a step; on a CPU ops."""
+    """Those that take most time in a step, and all others as one row; on a CPU ops."""
     cuda = DEVICE.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
         run()
         wait(DEVICE)
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    rows = sorted(seen.key_averages(), key=lambda e: -getattr(e, key))[:KERNELS]
-    return [{"name": e.key, "microseconds": getattr(e, key), "calls": e.count} for e in rows]
+    # an op is charged with its kernels too, and so is what a hook calls itself: of those neither is one
+    events = seen.key_averages()
+    own = [e for e in events if not cuda or (e.device_type == DeviceType.CUDA and not e.is_user_annotation)]
+    rows = sorted(own, key=lambda e: -getattr(e, key))
+    named = [{"name": e.key, "microseconds": getattr(e, key), "calls": e.count} for e in rows[:KERNELS]]
+    rest = {"name": "all others", "microseconds": 0.0, "calls": 0}
+    for e in rows[KERNELS:]:
+        rest["microseconds"] += getattr(e, key)
+        rest["calls"] += e.count
+    return [*named, rest]
 
 
 def host_waits(run: Callable[[], Any]) -> list[str]:
@@ -184,7 +198,8 @@ def host_waits(run: Callable[[], Any]) -> list[str]:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sorted({f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)})
+    waits = [w for w in seen if str(w.message).startswith("called a synchronizing")]
+    return sorted({f"{Path(w.filename).name}:{w.lineno}" for w in waits})
 
 
 def counts(answer: Answer) -> None:

@@ -37,6 +37,7 @@ from mvle_kernels.dispatch import Op
 from mvle_kernels.patches import expanded_rows, mask_of
 from mvle_kernels.recipes import Recipe
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .counts import size_of
 from .plain_ops import dropped_views, inserted, replaced_views, rows_of_patches
@@ -139,7 +140,7 @@ def attention(
     mask = None if min(contexts) == most_k else valid
     products = sum(n * contexts[c] for n, c in zip(queries, which, strict=True)) * heads * head * 2
     written = _size(q)
-    return Problem(
+    problem = Problem(
         "ragged_attention",
         [q, k, v],
         {
@@ -150,6 +151,18 @@ def attention(
         (7 * products, 2 * _size(q, k, v) + 3 * written),
         other_leaves={"plain": padded},
     )
+
+    def cudnn() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(*padded)
+
+    if mask is not None:
+        problem.skipped["cudnn"] = "takes padding as equal lengths alone here"
+    elif q.is_cuda:
+        problem.providers["cudnn"], problem.other_leaves["cudnn"] = cudnn, padded
+    else:
+        problem.skipped["cudnn"] = "runs on a GPU alone"
+    return problem
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------

@@ -147,11 +147,12 @@ def lines() -> str:
 def fake_device(backward: bool = False) -> Iterator[torch.device]:
     """A device on which every op has a result of the right shape and no values. Build the model inside, on it.
 
-    A fake CUDA device, or, where a backward is wanted, a fake "lazy" one: autograd runs the backward of a CUDA device
-    in a thread that needs a driver, and that of a lazy one where it is called.
+    A fake CUDA device, or, where a backward is wanted and there is no driver, a fake "lazy" one: autograd runs the
+    backward of a CUDA device in a thread that needs a driver, and that of a lazy one where it is called. (Where there
+    is a driver, FakeTensor makes tensors of no device but a real one.)
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _FusedOptimizers():
-        yield torch.device("lazy:0" if backward else "cuda:0")
+        yield torch.device("lazy:0" if backward and not torch.cuda.is_available() else "cuda:0")
 
 
 class _FusedOptimizers(TorchDispatchMode):

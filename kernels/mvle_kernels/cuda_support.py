@@ -35,6 +35,7 @@ def library() -> Path | None:
 
 
 @cache
+@torch.compiler.assume_constant_result  # torch.compile of 2.11 does not trace a look at a file
 def load() -> str | None:
     """Load the library, once; why it cannot be had, or None."""
     found = library()

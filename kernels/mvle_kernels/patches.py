@@ -141,7 +141,10 @@ def _refuse_views(
         return "takes lists of patches whose lengths the host knows"
     of_lists = [t for p in lists if p is not None for t in (p.rows, p.offsets)]
     others = (positions, class_token, mask_token)
-    return next((r for t in others if (r := refuse(t))), None) or refuse(x_BND, *others, *of_lists)
+    for parameter in others:  # a loop: torch.compile of 2.11 traces no name that is bound inside a generator
+        if reason := refuse(parameter):
+            return reason
+    return refuse(x_BND, *others, *of_lists)
 
 
 @EMBED_VIEWS.register(

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from mvle_kernels import cuda_support, dispatch, info, optional
+from torch import Tensor
 
 
 @pytest.fixture
@@ -58,3 +60,11 @@ def test_a_library_that_cannot_be_used_is_told_with_what_to_type(monkeypatch: py
     told = {part.name: str(part) for part in info.parts()}
     assert "missing: another package" in told["apex"] and "APEX_CUDA_EXT=1 pip install" in told["apex"]
     assert told["xformers"].split() == ["xformers", "0.0.35"]
+
+
+def test_looking_for_the_library_breaks_no_graph(elsewhere: Path) -> None:
+    def choose(x: Tensor) -> Tensor:
+        return x + 1 if cuda_support.load() else x
+
+    whole = torch.compile(choose, fullgraph=True, backend="eager")
+    assert whole(torch.zeros(2)).tolist() == [1, 1]
