@@ -75,8 +75,8 @@ def describe_build(config: Config, parallel: Parallel, arithmetic: BatchArithmet
     """Lines of what was built, for the block that a run prints at its start."""
     cuda = parallel.device.type == "cuda"
     device = torch.cuda.get_device_name(parallel.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    dtype = "bfloat16 weights in float32 shards, losses in float32" if cuda else "float32 (bfloat16 is for GPUs)"
-    sharding = f"FSDP2 over {parallel.mesh}" if parallel.sharded else "unsharded (one CPU rank gains nothing by it)"
+    dtype = "bfloat16 copies of float32 weights, losses in float32" if cuda else "float32 (bfloat16 is for GPUs)"
+    sharding = f"FSDP2 over {parallel.mesh}" if parallel.sharded else "unsharded (one rank gains nothing by it)"
     blocks = f"activation checkpointing {config.parallel.activation_checkpointing}"
     blocks += ", blocks compiled" if config.kernels.compile else ""
     total = sum(built.parameters.values())

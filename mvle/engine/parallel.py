@@ -1,8 +1,8 @@
 """Ranks: the process group, the mesh, how the model is sharded, and the few words that ranks exchange.
 
-One CPU rank needs none of this: no process group, no sharding (sharding it costs a third of a small step and does
-nothing). From two ranks on, and on a GPU always, the model is sharded by FSDP2: its policy is also what casts weights
-to bfloat16 on a GPU.
+One rank needs none of this: no process group, no sharding (sharding it costs a third of a small step and does nothing).
+From two ranks on the model is sharded by FSDP2. On a GPU weights are bfloat16 in a forward: by the policy of FSDP, or
+on one rank by half_weights.py, which does the same in a few launches.
 
 Gradients: FSDP averages over ranks. A loss that is already divided by global counts must therefore be multiplied by
 `Parallel.ranks` before its backward.
@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..section import Section
+from .half_weights import HalfWeights
 from .host_memory import hold_freed_memory
 
 MARGIN = 30.0  # seconds that a process group waits longer than the watch over ranks does
@@ -78,7 +79,7 @@ class Parallel:
 
     rank, ranks   number of this process, and how many there are
     device        where this rank computes
-    mesh          the device mesh; None for one CPU rank, which runs unsharded
+    mesh          the device mesh; None for one rank, which runs unsharded
     start_name    of this start of all ranks: no earlier one has used it for keys in their store
     first_timeout, timeout    seconds that ranks wait for one another before and after the first step
     """
@@ -98,7 +99,7 @@ class Parallel:
         self.start_name = ""
         self.mesh: Any = None
         self.cpu_group: Any = None  # votes travel here, so that they never wait for a GPU
-        if ranks > 1 or device.type == "cuda":
+        if ranks > 1:
             self._join(shape)
 
     @classmethod
@@ -135,9 +136,7 @@ class Parallel:
             raise ParallelError("a process group exists already; Parallel makes its own and must be the only one.")
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         long = timedelta(seconds=self.first_timeout + MARGIN)
-        store: dist.Store = dist.HashStore()  # enough for plain python on a GPU
-        if "MASTER_ADDR" in os.environ:
-            store, self.start_name = meet(self.rank, self.ranks, long)
+        store, self.start_name = meet(self.rank, self.ranks, long)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.ranks, timeout=long)
         self.cpu_group = dist.new_group(backend="gloo", timeout=long) if backend == "nccl" else dist.group.WORLD
         if shape[0] > 1:
@@ -170,13 +169,15 @@ class Parallel:
         return self.mesh is not None
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """Shard the model in place, before its optimizer is built; returns it. One CPU rank: nothing is done.
+        """Shard the model in place, before its optimizer is built; returns it. One rank: it stays whole.
 
         Each of model.blocks_to_shard() is a unit of its own, and what is left is the root's. On a GPU weights are
         bfloat16 in a forward and gradients are reduced in float32; a module with `full_precision = True` stays in
         float32, as everything does on a CPU. Inputs are never cast: the model makes them in its weights' dtype.
         """
         if not self.sharded:
+            if self.device.type == "cuda":
+                model.half_weights = HalfWeights(model, ("forward", *FORWARD_METHODS))  # type: ignore[assignment]
             return model
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -200,13 +201,16 @@ class Parallel:
     @contextlib.contextmanager
     def accumulating(self, model: nn.Module, last: bool) -> Iterator[None]:
         """Around a micro-batch's forward and backward: gradients are reduced over ranks in the last one alone."""
-        if self.sharded:
-            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        if not self.sharded:
+            half = getattr(model, "half_weights", None)
+            with half.training() if half is not None else contextlib.nullcontext():
+                yield
+            return
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
         try:
             yield
         finally:
-            if self.sharded:
-                model.set_requires_gradient_sync(True)  # type: ignore[operator]
+            model.set_requires_gradient_sync(True)  # type: ignore[operator]
 
     @staticmethod
     def reshard(model: nn.Module) -> None:
