@@ -66,7 +66,7 @@ def kernel_rows(answer: Answer) -> None:
     """benchmarks/test_kernels.py: each op beside libraries and its floor."""
     path = ROOT / "runs" / f"rows-{os.getpid()}.jsonl"
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_kernels.py", "-q", "--benchmark-only", "-rs"]
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_kernels.py", "-v", "--benchmark-only", "-rs"]
     lines = rows_of(command, path, lambda rows: answer({"status": "done", "kernels": rows, "say": _kernels(rows)}))
     if lines:
         raise SystemExit("\n".join(lines[-12:]))
@@ -94,7 +94,7 @@ def step(answer: Answer, shape: str, mode: str, only: str) -> None:
     """The rows of benchmarks/test_step.py of a shape and mode. only: main, switches or compiled."""
     path = ROOT / "runs" / f"rows-{os.getpid()}.jsonl"
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_step.py", "-q", "--benchmark-only", "-rs"]
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_step.py", "-v", "--benchmark-only", "-rs"]
     command += ["--shape", shape, "--mode", mode, "--only", only]
 
     def known(found: list[dict[str, Any]]) -> None:
@@ -124,7 +124,7 @@ def rows_of(command: list[str], path: Path, known: Callable[[list[dict[str, Any]
 
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:  # a line a row or so: what is known by then is kept
+        for line in process.stdout:  # -v prints a line a row: what is known by then is kept
             lines.append(line.rstrip())
             read()
     read()

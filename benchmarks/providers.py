@@ -101,6 +101,12 @@ PROVIDERS: dict[str, Provider] = {
             partial(ours, overrides={"backend": "dense,ragged_attention=varlen|dense"}),
             skip=_no_kernels_of_our_own,
         ),
+        Provider(
+            "ours, cuDNN attention",
+            "our step with equal lengths through cuDNN's attention",
+            partial(ours, overrides={"backend": "ragged_attention=cudnn|triton|dense"}),
+            skip=_no_kernels_of_our_own,
+        ),
         *(
             Provider(f"without: {switch.name}", switch.without, partial(ours, model=switch.model))
             for switch in SWITCHES.values()

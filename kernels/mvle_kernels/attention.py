@@ -24,13 +24,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import cuda_support, triton_support
 from .attention_libraries import (
     installed,
+    refuse_cudnn,
     refuse_varlen,
     refuse_xformers,
     unasked_cuda,
+    unasked_cudnn,
     unasked_triton,
     varlen,
     xformers,
@@ -193,6 +196,14 @@ def _cuda(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
 
 ATTENTION.register("varlen", "torch's attention of packed sequences", refuse_varlen)(varlen)
+
+
+@ATTENTION.register("cudnn", "torch's SDPA by cuDNN, runs of equal lengths as batches", refuse_cudnn, unasked_cudnn)
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _dense(q, k, v, plan)
+
+
 ATTENTION.register("xformers", "memory-efficient attention of packed sequences", refuse_xformers)(xformers)
 
 

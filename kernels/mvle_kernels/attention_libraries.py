@@ -1,6 +1,7 @@
 """Attention of libraries behind ragged_attention, and which shapes go to which backend.
 
 varlen     torch.nn.attention.varlen.varlen_attn: FlashAttention, or cuDNN, as torch chooses
+cudnn      torch's SDPA by cuDNN over runs of equal lengths as batches (attention.py cuts them); on demand alone
 xformers   xformers.ops.memory_efficient_attention under a BlockDiagonalMask; an optional package
 
 Limits   a GPU, bfloat16 or float16; no kv_index (contexts would have to be copied); no sequence that may be empty: what
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from . import cuda_support, optional, triton_support
 from .dispatch import OPS
-from .layout import has_tail, may_be_empty, padded_length
+from .layout import equal_length, has_tail, may_be_empty, padded_length
 from .packed import once, row_index
 
 if TYPE_CHECKING:
@@ -171,6 +172,25 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     attend, max_q, max_k = _varlen_attn(), padded_length(plan.q), padded_length(plan.k)
     q_ends, k_ends = plan.q.offsets.int(), plan.k.offsets.int()
     return _between_tails(lambda q, k, v: attend(q, k, v, q_ends, k_ends, max_q, max_k), q, k, v, plan)
+
+
+# ---- cuDNN ----------------------------------------------------------------------------------------------------------
+
+
+def refuse_cudnn(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
+    """Why cuDNN's attention does not take a call, or None."""
+    if reason := _refuse(q, k, v, plan):
+        return reason
+    if q.shape[-1] > 128:
+        return f"takes heads of at most 128 values; got {q.shape[-1]}"
+    if any(s.k is None or s.bias is not None or equal_length(s.q) is None for s in plan.segments):
+        return "takes runs of equal lengths, of queries and of contexts"
+    return None
+
+
+def unasked_cudnn(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
+    """Why a call that cuDNN could take goes elsewhere."""
+    return _chosen_elsewhere("cudnn", q, k, v, plan)
 
 
 # ---- xformers -------------------------------------------------------------------------------------------------------

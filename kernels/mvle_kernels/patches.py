@@ -141,10 +141,14 @@ def _refuse_views(
         return "takes lists of patches whose lengths the host knows"
     of_lists = [t for p in lists if p is not None for t in (p.rows, p.offsets)]
     others = (positions, class_token, mask_token)
-    for parameter in others:  # a loop: torch.compile of 2.11 traces no name that is bound inside a generator
-        if reason := refuse(parameter):
+    return _first_refusal(refuse, others) or refuse(x_BND, *others, *of_lists)
+
+
+def _first_refusal(refuse: Callable[..., str | None], tensors: Sequence[Tensor]) -> str | None:
+    for tensor in tensors:  # a loop: torch.compile of 2.11 traces no name that is bound inside a generator
+        if reason := refuse(tensor):
             return reason
-    return refuse(x_BND, *others, *of_lists)
+    return None
 
 
 @EMBED_VIEWS.register(
@@ -261,9 +265,8 @@ def _refuse_insert(
     rows: Packed, masked: Packed, mask_token: Tensor, positions: Tensor, row_multiple: int
 ) -> str | None:
     lists = (rows.offsets, masked.rows, masked.offsets)
-    return next((r for t in (mask_token, positions) if (r := triton_support.refuse(t))), None) or triton_support.refuse(
-        rows.rows, mask_token, positions, *lists
-    )
+    refuse, parameters = triton_support.refuse, (mask_token, positions)
+    return _first_refusal(refuse, parameters) or refuse(rows.rows, *parameters, *lists)
 
 
 @INSERT.register("triton", "one pass each way, no index of rows", _refuse_insert, _unasked)

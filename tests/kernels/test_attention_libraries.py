@@ -25,9 +25,11 @@ from mvle_kernels.attention_libraries import (
     CHOICES,
     Choice,
     choice,
+    refuse_cudnn,
     refuse_varlen,
     refuse_xformers,
     unasked_cuda,
+    unasked_cudnn,
     unasked_triton,
 )
 from mvle_kernels.dispatch import OPS
@@ -212,21 +214,37 @@ def test_triton_steps_back_only_where_the_library_takes_the_call() -> None:
 
 def test_the_order_of_backends_and_what_a_cpu_takes() -> None:
     names = [b.name for b in OPS["ragged_attention"].backends]
-    assert names == ["triton", "cuda", "varlen", "xformers", "dense", "reference"]
+    assert names == ["triton", "cuda", "varlen", "cudnn", "xformers", "dense", "reference"]
     plan = plan_of([3, 1], [2, 5])
     said = explain(ragged_attention, *[random(n, H, 16).float() for n in (4, 7, 7)], plan)
     assert "varlen refused: needs a GPU" in said and "xformers refused: " in said and "dense chosen" in said
 
 
+def test_cudnn_takes_runs_of_equal_lengths_on_demand_alone() -> None:
+    runs = plan_of([197] * 5 + [80] * 4, [197] * 5 + [80] * 4)
+    assert refuse_cudnn(*[OnGpu()] * 3, runs) is None
+    for plan in (
+        plan_of([9] * 4, [3, 4, 5, 6]),
+        plan_of([3, 4, 5, 6], [9] * 4),
+        plan_of([1] * 4, [7] * 3, [0, 1, 2, 2]),
+    ):
+        assert refuse_cudnn(*[OnGpu()] * 3, plan)
+    assert refuse_cudnn(*[OnGpu(head=136)] * 3, runs) == "takes heads of at most 128 values; got 136"
+    assert refuse_cudnn(*[torch.zeros(4, H, 64)] * 3, runs) == "needs a GPU; got a tensor on cpu"
+    reason = unasked_cudnn(*[OnGpu()] * 3, runs)
+    assert reason is not None and reason.startswith("long against long goes to varlen")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tail", [0, 3])
-@pytest.mark.parametrize("name", ["varlen", "xformers"])
+@pytest.mark.parametrize("name", ["varlen", "cudnn", "xformers"])
 def test_on_a_gpu_a_library_makes_what_torchs_ops_make(name: str, tail: int) -> None:
-    on_cpu = plan_of([197, 3, 150], [197, 14, 130], tail=tail)
+    lengths = ([197] * 5 + [80] * 4,) * 2 if name == "cudnn" else ([197, 3, 150], [197, 14, 130])
+    on_cpu = plan_of(*lengths, tail=tail)
     plan = attention_plan(on_cpu.q.to("cuda"), on_cpu.k.to("cuda"))
     inputs = [random(x.total, H, 64, seed=i).cuda() for i, x in enumerate((plan.q, plan.k, plan.k))]
     rounded = [x.bfloat16() for x in inputs]
-    refuse = {"varlen": refuse_varlen, "xformers": refuse_xformers}[name]
+    refuse = {"varlen": refuse_varlen, "cudnn": refuse_cudnn, "xformers": refuse_xformers}[name]
     if reason := refuse(*rounded, plan):
         pytest.skip(f"{name}: {reason}")
     got, found = results(attend(plan), rounded, name)
