@@ -95,8 +95,8 @@ def bias_gelu(u: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
 
 
 def bias_gelu_backward(grad: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """As GeluLinear (mvle/model/layers.py) has it: GELU once more, for the gradient of the second weight; the gradient
-    of u, and its sum over rows, that of the bias."""
+    """As feed_forward (kernels/mvle_kernels/feed_forward.py) has it: GELU once more, for the gradient of the second
+    weight; the gradient of u, and its sum over rows, that of the bias."""
     z = u + bias
     d_u = aten.gelu_backward(grad, z)
     return torch.nn.functional.gelu(z), d_u, d_u.sum(0)

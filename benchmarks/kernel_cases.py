@@ -20,7 +20,19 @@ from torch import Tensor
 
 from mvle.data.caption_lengths import typical_lengths
 
-from .kernels import Call, Problem, attention, insertion, patch_rows, pixel_loss, repetition, token_loss, views
+from .kernels import (
+    Call,
+    Problem,
+    attention,
+    feed_forward_part,
+    insertion,
+    patch_rows,
+    pixel_loss,
+    repetition,
+    sum_and_norm,
+    token_loss,
+    views,
+)
 
 CAPTION = "caption"  # as a number of rows: as many as real captions have
 COMPILED = "plain, compiled"
@@ -98,6 +110,9 @@ def _cases(recipe: str, pairs: int) -> Iterator[Case]:
     for q, k in (("197", "197"), ("77", "77"), ("197", CAPTION), (CAPTION, "197"), (CAPTION, CAPTION), ("1", "197")):
         yield _attention_case(recipe, q, k, pairs)
     yield _attention_case(recipe, CAPTION, "197", pairs, skewed=True)
+    rows = pairs * (size.patches + 1)
+    yield Case(f"sum and norm, {recipe}, {pairs} pairs", partial(sum_and_norm, rows, size.width))
+    yield Case(f"feed-forward, {recipe}, {pairs} pairs", partial(feed_forward_part, rows, size.width, size.mlp))
     words = 4 * pairs
     loss = partial(token_loss, words, size.words, size.vocabulary, size.width)
     yield Case(f"token loss, {recipe}, {words} masked words", loss)

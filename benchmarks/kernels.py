@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from mvle_kernels import (
     Packed,
+    add_norm,
     attention_plan,
     embed_views,
     expand,
     expand_layout,
+    feed_forward,
     insert_mask_tokens,
     masked_pixel_loss,
     masked_token_loss,
@@ -163,6 +165,70 @@ def attention(
     else:
         problem.skipped["cudnn"] = "runs on a GPU alone"
     return problem
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def sum_and_norm(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Problem:
+    """The start of a branch: a sum that a block goes on with, and its layer norm. Both are read."""
+    draw = torch.Generator(device).manual_seed(0)
+    x, y, weight, bias = (
+        torch.randn(*shape, generator=draw, device=device).to(dtype).requires_grad_()
+        for shape in ((rows, width), (rows, width), (width,), (width,))
+    )
+
+    def read(s: Tensor, h: Tensor) -> Tensor:
+        return _Both.apply(s, h)
+
+    def plain() -> Tensor:
+        s = x + y
+        return read(s, F.layer_norm(s, (width,), weight, bias, 1e-6))
+
+    one = rows * width * x.element_size()
+    return Problem(
+        "add_norm",
+        [x, y, weight, bias],
+        {"auto": lambda: read(*add_norm(x, y, weight, bias, 1e-6)), "plain": plain},
+        (0, 4 * one),
+        (0, 8 * one),  # s and two gradients read, one written
+    )
+
+
+class _Both(torch.autograd.Function):
+    """h, whose gradient is that of s too: two results that are read, at no cost."""
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, h: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, grad
+
+
+def feed_forward_part(rows: int, width: int, inner: int, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Linear, GELU, linear."""
+    draw = torch.Generator(device).manual_seed(0)
+    shapes = ((rows, width), (inner, width), (inner,), (width, inner), (width,))
+    scales = (1.0, width**-0.5, 0.1, inner**-0.5, 0.1)
+    leaves = [
+        (torch.randn(*shape, generator=draw, device=device) * scale).to(dtype).requires_grad_()
+        for shape, scale in zip(shapes, scales, strict=True)
+    ]
+    x, w1, b1, w2, b2 = leaves
+    product, wide = 4 * rows * width * inner, rows * inner * x.element_size()
+    read = _size(*leaves) + rows * width * x.element_size()
+    return Problem(
+        "feed_forward",
+        leaves,
+        {
+            "auto": lambda: feed_forward(*leaves),
+            "plain": lambda: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
+        },
+        (product, read + 4 * wide),  # written and read by each product
+        (3 * product, 3 * read + 10 * wide),
+    )
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------------

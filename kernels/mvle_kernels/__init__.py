@@ -1,13 +1,16 @@
 """mvle_kernels: the ops of masked vision-and-language pre-training, usable on their own. Needs torch alone.
 
-Packed buffers (`Packed`), counter-based random choices, patches and views, ragged attention, and the three losses.
+Packed buffers (`Packed`), counter-based random choices, patches and views, ragged attention, what a block does around
+it, and the three losses.
 Each op is one file: maths, cost, limits, reference, fast backend, public function. `explain(op, *args)` says which
 backend a call takes and why the others were refused; `set_backend` or MVLE_BACKEND demands one.
 """
 
+from .add_norm import add_norm
 from .attention import AttentionPlan, attention_ops, attention_plan, ragged_attention
 from .contrastive_loss import contrastive_loss
 from .dispatch import explain, set_backend, use_backend
+from .feed_forward import feed_forward
 from .packed import Packed, concatenate, round_up, row_index
 from .patches import PatchView, embed_views, expand, expand_layout, insert_mask_tokens, mask_of, patchify
 from .pixel_loss import masked_pixel_loss
@@ -29,6 +32,7 @@ __all__ = [
     "Packed",
     "PatchView",
     "Stream",
+    "add_norm",
     "attention_ops",
     "attention_plan",
     "concatenate",
@@ -38,6 +42,7 @@ __all__ = [
     "expand",
     "expand_layout",
     "explain",
+    "feed_forward",
     "insert_mask_tokens",
     "mask_of",
     "masked_pixel_loss",

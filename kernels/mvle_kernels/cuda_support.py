@@ -12,7 +12,7 @@ The library needs no Python and no CUDA of torch's: one file serves every suppor
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,15 @@ def library() -> Path | None:
     return found if found.is_file() else None
 
 
+def _once_for_all(function: Callable[[], str | None]) -> Callable[[], str | None]:
+    """torch.compile of 2.11 does not trace a look at a file. This is what torch.compiler.assume_constant_result does,
+    which itself would import all of torch.compile."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @cache
-@torch.compiler.assume_constant_result  # torch.compile of 2.11 does not trace a look at a file
+@_once_for_all
 def load() -> str | None:
     """Load the library, once; why it cannot be had, or None."""
     found = library()

@@ -79,6 +79,14 @@ def refuse(*tensors: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> str | No
     return None
 
 
+def looked_at() -> str | None:
+    """Why a kernel that is no torch op stands back: somebody looks at ops (torch.compile, which fuses these itself, a
+    FLOP counter, selective checkpointing), and would not see what it does."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return "is no torch op, and somebody looks at ops"
+    return None
+
+
 def unasked(*tensors: Tensor) -> str | None:
     """Why a call does not come here of itself, though it could; None on a GPU."""
     return "the interpreter is for checks; demand triton to have it" if tensors[0].device.type == "cpu" else None

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from mvle_kernels import AttentionPlan, ragged_attention
+from mvle_kernels import AttentionPlan, add_norm, feed_forward, ragged_attention
 from torch import Tensor, nn
 
 
@@ -24,6 +24,11 @@ def attend(q_TD: Tensor, k_THE: Tensor, v_THE: Tensor, plan: AttentionPlan) -> T
     return ragged_attention(
         q_THE, k_THE, v_THE, q.offsets, k.offsets, q.max_length, k.max_length, plan.kv_index, plan=plan
     )
+
+
+def branch(x: Tensor, added: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """(rows with which a block goes on, rows with which a branch begins): the sum, and its norm; see add_norm."""
+    return add_norm(x, added, norm.weight, norm.bias, norm.eps)
 
 
 @dataclass(frozen=True)
@@ -78,27 +83,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias)
-
-
-class GeluLinear(torch.autograd.Function):
-    """GELU, then a linear layer: rows [T, I], weight [D, I], bias [D] -> [T, D].
-
-    The widest rows of a block are kept once, before GELU; its result is made again in the backward. A block keeps a
-    quarter less for one elementwise pass more.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        d_x = torch.ops.aten.gelu_backward(grad @ weight, x)
-        return d_x, grad.T @ F.gelu(x), grad.sum(0)
+        return feed_forward(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class SelfAttention(nn.Module):
@@ -176,7 +161,10 @@ class ContextProjection(nn.Module):
 
 class AttentionBlock(nn.Module):
     """Any of the blocks below. DENSE names the methods between which it attends; they, and `attend`, may be replaced
-    one by one (engine/blocks.py)."""
+    one by one (engine/blocks.py).
+
+    Where a branch begins with a norm, the block goes on with the rows that `branch` gives back, not with its own: a
+    backward then adds up what comes by both in the pass of the norm."""
 
     DENSE: ClassVar[tuple[str, ...]] = ("before", "after")
     attend = staticmethod(attend)
@@ -193,14 +181,16 @@ class Block(AttentionBlock):
         self.mlp = Mlp(width, inner)
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
-        return self.after(x, self.attend(*self.before(x), plan))
+        x, q, k, v = self.before(x)
+        return self.after(x, self.attend(q, k, v, plan))
 
-    def before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attn.project(self.norm1(x))
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, h = branch(x, None, self.norm1)
+        return x, *self.attn.project(h)
 
     def after(self, x: Tensor, read: Tensor) -> Tensor:
-        x = x + self.attn.proj(read.flatten(1))
-        return x + self.mlp(self.norm2(x))
+        x, h = branch(x, self.attn.proj(read.flatten(1)), self.norm2)
+        return x + self.mlp(h)
 
 
 class PostNormBlock(AttentionBlock):
@@ -247,43 +237,45 @@ class CrossBlock(AttentionBlock):
         else:
             assert plan.self_plan is not None
             early = plan.rows if plan.spread is None else None
-            read = self.attend(*self.before(x, early), plan.self_plan)
+            x, q, k, v = self.before(x, early)
+            read = self.attend(q, k, v, plan.self_plan)
             x = self.between(x if early is None else x.index_select(0, early), read)
         if kv is None or plan.cross_plan is None:
             return self.after(plan.repeated(x), None)
-        query = self.ask(x)
+        x, query = self.ask(x)
         return self.after(plan.repeated(x), self.attend(plan.repeated(query), *kv, plan.cross_plan))
 
     def attend_to_self(self, x: Tensor, plan: AttentionPlan | None, rows: Tensor, single: Single) -> Tensor:
         """Self-attention where the sequences at the end ask with their first row alone: it needs neither keys nor
         values of theirs, and one query of each."""
-        q, k, v, absorbed, h = self.before_single(x, rows, single.first, single.stop, single.whole, single.start)
+        x, q, k, v, absorbed, h = self.before_single(x, rows, single.first, single.stop, single.whole, single.start)
         read = q.new_zeros(q.shape) if plan is None else self.attend(q, k, v, plan).flatten(1)
         alone = self.attend(absorbed, h, h, single.plan)
         return self.between_single(x.index_select(0, rows), read, alone, single.first, single.stop)
 
-    def before(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attn.project(self.norm1(x), rows)
+    def before(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, h = branch(x, None, self.norm1)
+        return x, *self.attn.project(h, rows)
 
     def between(self, x: Tensor, read: Tensor) -> Tensor:
         return x + self.attn.proj(read.flatten(1))
 
     def before_single(
         self, x: Tensor, rows: Tensor, first: int, stop: int, whole: int, start: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Queries of all rows that are read, keys and values of the sequences before the single ones; absorbed queries
-        and rows of those."""
-        h = self.norm1(x)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x; queries of all rows that are read, keys and values of the sequences before the single ones; absorbed
+        queries and rows of those."""
+        x, h = branch(x, None, self.norm1)
         q = self.attn.query(h.index_select(0, rows))
-        return q, *self.attn.keys_values(h[:whole]), self.attn.absorb(q[first:stop]), h[start:].unsqueeze(1)
+        return x, q, *self.attn.keys_values(h[:whole]), self.attn.absorb(q[first:stop]), h[start:].unsqueeze(1)
 
     def between_single(self, x: Tensor, read: Tensor, alone: Tensor, first: int, stop: int) -> Tensor:
         return x + self.attn.proj(read.slice_scatter(self.attn.values(alone), 0, first, stop))
 
-    def ask(self, x: Tensor) -> Tensor:
-        return self.cross.query(self.norm2(x))
+    def ask(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, h = branch(x, None, self.norm2)
+        return x, self.cross.query(h)
 
     def after(self, x: Tensor, read: Tensor | None) -> Tensor:
-        if read is not None:
-            x = x + self.cross.proj(read.flatten(1))
-        return x + self.mlp(self.norm3(x))
+        x, h = branch(x, None if read is None else self.cross.proj(read.flatten(1)), self.norm3)
+        return x + self.mlp(h)

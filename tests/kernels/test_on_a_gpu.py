@@ -17,7 +17,18 @@ from mvle_kernels.dispatch import OPS
 from mvle_kernels.recipes import Recipe
 from torch import Tensor
 
-from benchmarks.kernels import Problem, attention, insertion, patch_rows, pixel_loss, repetition, token_loss, views
+from benchmarks.kernels import (
+    Problem,
+    attention,
+    feed_forward_part,
+    insertion,
+    patch_rows,
+    pixel_loss,
+    repetition,
+    sum_and_norm,
+    token_loss,
+    views,
+)
 
 from .kernel_checks import DEVICE, both_backends, under_test
 
@@ -36,6 +47,8 @@ PROBLEMS: dict[str, Make] = {
     "attention of patches to captions": partial(attention, (ROWS,) * PAIRS, CAPTIONS, SIZE.heads, SIZE.head, None),
     "attention of captions to patches": partial(attention, CAPTIONS, (ROWS,) * PAIRS, SIZE.heads, SIZE.head, None),
     "attention to a hub": partial(attention, CAPTIONS * 2, (ROWS,) * PAIRS, SIZE.heads, SIZE.head, HUB),
+    "sum and norm": partial(sum_and_norm, PAIRS * ROWS, SIZE.width),
+    "feed-forward": partial(feed_forward_part, PAIRS * ROWS, SIZE.width, SIZE.mlp),
     "token loss": partial(token_loss, 4 * PAIRS, SIZE.words, SIZE.vocabulary, SIZE.width),
     "pixel loss": partial(pixel_loss, PAIRS, SIZE),
     "patchify": partial(patch_rows, PAIRS, SIZE),
