@@ -64,14 +64,21 @@ class DataConfig(Section):
     fraction: float = Field(
         1.0, gt=0, le=1, description="share of the images used, chosen by key; a smaller share is a subset"
     )
-    decoder: Literal["auto", "torch"] = Field("auto", description="auto: the fastest one here; torch: CPU threads")
+    decoder: Literal["auto", "dali", "torch"] = Field(
+        "auto",
+        description="dali: on the GPU, or on a CPU without one; torch: CPU threads; auto: dali where there are a GPU "
+        "and DALI, else torch",
+    )
     crop_scale: tuple[float, float] = Field(
         (0.2, 1.0), description="random crop: share of the image's area; [1, 1] shows whole images"
     )
     crop_aspect: tuple[float, float] = Field((3 / 4, 4 / 3), description="random crop: width / height")
     flip: bool = Field(True, description="mirror half of the images, never where the caption says left or right")
     window: int = Field(8, ge=1, description="shards of a shuffling window; more shuffle better and read more widely")
-    threads: int = Field(2, ge=1, description="threads that decode, on each rank")
+    threads: int = Field(2, ge=1, description="threads that read, and threads that decode, on each rank")
+    prefetch: int = Field(
+        2, ge=1, description="batches that wait ready on each rank while the model works; two more are in the making"
+    )
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="larger images are left out when a shard is indexed")
     max_bad_share: float = Field(
         0.01,

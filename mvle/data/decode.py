@@ -294,8 +294,10 @@ def _check_bound(width: int, height: int, max_pixels: int) -> None:
 
 def _resize(pixels: Pixels, size: int) -> Pixels:
     # numpy makes the copy, not torch, whose copy of a strided window opens a parallel region: with two intra-op
-    # threads beside a busy model that took 10 ms instead of 0.1. Of Pillow's read-only buffers torch warns.
-    pixels = np.ascontiguousarray(pixels) if pixels.flags.writeable else pixels.copy()
+    # threads beside a busy model that took 10 ms instead of 0.1. Of Pillow's read-only buffers torch warns, and strides
+    # below zero it refuses: a mirrored view of one row or column has them although numpy calls it contiguous.
+    as_it_is = pixels.flags.c_contiguous and pixels.flags.writeable and min(pixels.strides) > 0
+    pixels = pixels if as_it_is else pixels.copy()
     stored = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     scaled = torch.nn.functional.interpolate(stored, size=(size, size), mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()

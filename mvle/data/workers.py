@@ -1,4 +1,4 @@
-"""Daemon threads for short tasks.
+"""Daemon threads for short tasks, or none: then whoever asks does them.
 
 Not ThreadPoolExecutor: the interpreter joins its threads when it ends, and one that hangs in a read of a dead file
 system would keep the process for ever.
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """`count` threads, started at once, that end with `stop`."""
+    """`count` threads, started at once, that end with `stop`; 0: tasks are done by the caller, at once."""
 
     def __init__(self, count: int, name: str) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -26,13 +26,21 @@ class Workers:
         for thread in self.threads:
             thread.start()
 
+    def start(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Future[Result]]:
+        """What will be function(item) of each item, in order. Not after `stop`: nobody would do it."""
+        tasks = [(Future[Result](), item) for item in items]
+        for future, item in tasks:
+            task = partial(_settle, future, function, item)
+            if self.threads:
+                self._tasks.put(task)
+            else:
+                task()
+        return [future for future, _ in tasks]
+
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """[function(item) for item in items], shared among the threads. Raises what the first item that failed raised.
         Not after `stop`: nobody would do it."""
-        tasks = [(Future[Result](), item) for item in items]
-        for future, item in tasks:
-            self._tasks.put(partial(_settle, future, function, item))
-        return [future.result() for future, _ in tasks]
+        return [future.result() for future in self.start(function, items)]
 
     def stop(self) -> None:
         """End each thread after what it does now and what is queued."""

@@ -22,6 +22,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..section import Section
+from .data_wait import DataWait
 from .parallel import Parallel
 from .run import write_text
 from .trackers import Tracker
@@ -94,6 +95,7 @@ class Metrics:
         self._flops = 0.0
         self._rows = (0, 0)
         self._lr = math.nan  # of the newest step
+        self._data: DataWait | None = None
         self._file: Any = None
         self._bar: Any = None
         if parallel.is_main:
@@ -103,6 +105,10 @@ class Metrics:
             if sys.stdout.isatty() if terminal is None else terminal:
                 self._start_bar(start)
         self._begin_interval()
+
+    def watch(self, data: DataWait) -> None:
+        """Rows have the figures of a loader from now on, and a run that waits for it gets one word about why."""
+        self._data = data
 
     # --- a step ---
 
@@ -192,6 +198,7 @@ class Metrics:
         rate = seconds / self._steps
         old = self._seconds_a_step
         self._seconds_a_step = rate if math.isnan(old) else 0.7 * old + 0.3 * rate
+        waited = min(self._wait / seconds, 1.0)
         row = {
             **means,
             **{name: values[name] for name in self._extra},
@@ -204,10 +211,13 @@ class Metrics:
             "tflops": values["work"] / seconds,
             **({} if self.peak_tflops is None else {"mfu": values["work"] / seconds / self.peak_tflops}),
             "padding": 1 - self._rows[0] / self._rows[1] if self._rows[1] else math.nan,
-            "data_wait": min(self._wait / seconds, 1.0),
+            "data_wait": waited,
+            **({} if self._data is None else self._data.figures(self._steps, seconds, waited)),
             "mem_gib": memory_gib(self.parallel.device),
         }
         self.record(step, "train", row, line=self._line(step, row))
+        if self._data is not None and (advice := self._data.advice()) is not None:
+            self.say(advice)
         self._begin_interval()
         return row
 

@@ -21,6 +21,7 @@ from mvle_kernels import explain, set_backend
 from ..config import BatchArithmetic, Config, check_ranks
 from ..data.batch import Batch
 from ..data.config import open_shards
+from ..data.decoders import choose_decoder
 from ..data.loader import Loader
 from ..data.plan import SamplingPlan
 from ..data.sources import describe_sources
@@ -31,6 +32,7 @@ from ..model.rows import processed_rows
 from .build import architecture, build, contrast_over_ranks, describe_build
 from .checkpoint import Checkpointer
 from .checkpoint_files import read_meta
+from .data_wait import DataWait
 from .first_weights import first_weights
 from .gpus import peak_tflops
 from .metrics import Metrics, read_rows
@@ -95,6 +97,7 @@ class Trainer:
         if not parallel.is_main:
             self.tokenizer = Tokenizer.load(self.folder.tokenizer)
         self.plan = SamplingPlan.build(config, self.shards)
+        self.decoder = choose_decoder(config.data.decoder, parallel.device)
 
     def build(self, fresh: bool) -> None:
         """What is trained, and the step that trains it. fresh: no checkpoint is there to go on from."""
@@ -163,6 +166,7 @@ class Trainer:
         ):
             if owed and validation:
                 self.validate(validation, start, metrics, skips)
+            metrics.watch(DataWait(loader.counts, self.config.data, self.decoder.name, parallel.device.type == "cuda"))
             batches = iter(loader)
             for step in range(start, steps):
                 done = step + 1
@@ -240,6 +244,7 @@ class Trainer:
             start_step=start,
             steps=config.schedule.steps,
             pin_memory=self.parallel.device.type == "cuda",
+            device=self.parallel.device,
         )
 
     def save(self, step: int, metrics: Metrics, skips: SkipLog) -> None:
@@ -302,6 +307,7 @@ class Trainer:
             + describe_build(config, self.parallel, self.arithmetic, self.built)
             + f"data        {data}; {self.tokenizer.vocabulary:,} words\n"
             + "".join(f"    {line}\n" for line in sources)
+            + f"decoder     {self.decoder.name}: {self.decoder.why}\n"
             + "kernels\n"
             + "\n".join(f"    {line}" for line in explain().splitlines())
         )

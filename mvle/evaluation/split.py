@@ -66,7 +66,7 @@ class Split:
     def batch(self, images: Sequence[int], extras: bool = False) -> Batch:
         """Pairs (image, first caption) on the CPU; pair_ids are rows of the shards, so masks do not depend on the
         number of pairs. extras: with what the set knows beside the pair."""
-        from ..data.loader import evaluation_batch
+        from ..data.evaluation_batch import evaluation_batch
 
         model = self.config.model
         return evaluation_batch(

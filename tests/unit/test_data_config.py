@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from mvle.config import Config, ConfigError, describe, differences, load_config
+from mvle.data.bad_images import BadImageError
 from mvle.data.config import DataConfig, open_shards
 from mvle.data.errors import DataError
+from mvle.data.evaluation_batch import evaluation_batch
 from mvle.data.indexing import index_shard
-from mvle.data.loader import BadImageError, Loader, evaluation_batch
+from mvle.data.loader import Loader
 from mvle.data.plan import SamplingPlan
 from mvle.data.shards import ShardSet
 from mvle.data.sources import describe_sources

@@ -16,9 +16,9 @@ from mvle.data.batch import Batch
 from mvle.data.config import DataConfig
 from mvle.data.decode import decode_window
 from mvle.data.errors import DataError
+from mvle.data.evaluation_batch import evaluation_batch
 from mvle.data.index import index_path
 from mvle.data.indexing import index_shard
-from mvle.data.loader import evaluation_batch
 from mvle.data.plan import Draw
 from mvle.data.shards import ShardSet
 from mvle.data.tokenizer import Tokenizer
@@ -119,7 +119,7 @@ def test_a_disk_that_begins_to_fail_late_stops_the_run_as_an_early_one_does(
 ) -> None:
     shards = make_shards(tmp_path, [48])
     loader = loader_of(shards, tokenizer, config=DataConfig(max_bad_share=0.0005))  # 5 of the last 10,000
-    loader._pairs = 10**8  # months of pairs without one bad image
+    loader._bad.pairs = 10**8  # months of pairs without one bad image
     for row in range(6):
         spoil(shards, row)
     with pytest.raises(DataError, match="6 images failed within 10000 pairs"):

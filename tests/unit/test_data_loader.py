@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from mvle.data.bad_images import BadImageError
 from mvle.data.batch import Batch
 from mvle.data.config import DataConfig, open_shards
 from mvle.data.decode import decode_image, decode_window
 from mvle.data.errors import DataError
+from mvle.data.evaluation_batch import evaluation_batch
 from mvle.data.index import index_path
-from mvle.data.loader import BadImageError, Loader, evaluation_batch
+from mvle.data.loader import Loader
 from mvle.data.plan import SamplingPlan
 from mvle.data.shards import ShardSet
 from mvle.data.tokenizer import Tokenizer, train_bpe

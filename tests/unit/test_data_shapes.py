@@ -13,7 +13,7 @@ import pytest
 from mvle.data import shapes
 from mvle.data.decode import decode_image
 from mvle.data.errors import DataError
-from mvle.data.loader import evaluation_batch
+from mvle.data.evaluation_batch import evaluation_batch
 from mvle.data.shards import ShardSet
 from mvle.data.tokenizer import train_bpe
 
