@@ -127,7 +127,7 @@ class DaliDecoder:
     def put(self, images: Tensor, position: int, pixels: Pixels) -> None:
         """Overwrite one image."""
         with self._on_stream():
-            images[position].copy_(torch.from_numpy(pixels))
+            images[position].copy_(torch.from_numpy(pixels.copy()))  # as in decoders.py
 
     def close(self) -> None:
         """End the threads; the pipeline ends with the decoder."""

@@ -156,7 +156,7 @@ class TorchDecoder:
 
     def put(self, images: Tensor, position: int, pixels: Pixels) -> None:
         """Overwrite one image."""
-        images[position] = torch.from_numpy(pixels)
+        images[position] = torch.from_numpy(pixels.copy())  # of Pillow's read-only buffers torch warns
 
     def close(self) -> None:
         """End the threads."""

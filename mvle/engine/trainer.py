@@ -87,6 +87,7 @@ class Trainer:
         """Shards, tokenizer (rank 0 makes it, the others read it) and the sampling plan."""
         config, parallel = self.config, self.parallel
         self.watch.enter("opening data", long=True)
+        self.decoder = choose_decoder(config.data.decoder, parallel.device)
         self.shards = open_shards(config.data, "train")
         self.validation_shards = open_shards(config.data, "val") if config.data.val else None
         if parallel.is_main:
@@ -97,7 +98,6 @@ class Trainer:
         if not parallel.is_main:
             self.tokenizer = Tokenizer.load(self.folder.tokenizer)
         self.plan = SamplingPlan.build(config, self.shards)
-        self.decoder = choose_decoder(config.data.decoder, parallel.device)
 
     def build(self, fresh: bool) -> None:
         """What is trained, and the step that trains it. fresh: no checkpoint is there to go on from."""

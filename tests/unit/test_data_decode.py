@@ -205,3 +205,14 @@ def test_a_mask_goes_through_the_same_window() -> None:
     shown = decode_mask_window(encode(mask, "PNG"), (0, 20, 20, 20), 40)
     assert shown.shape == (40, 40)
     assert shown[20:, :20].all() and shown.sum() == 400
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_window_of_one_pixel_is_shown_at_any_size_however_the_image_is_turned(orientation: int, flip: bool) -> None:
+    data = oriented(picture(), orientation, "PNG")
+    for y, x in ((0, 0), (5, 7), (20, 3)):
+        pixel = decode_image(data)[y, x]
+        for size in (1, 4):
+            shown = decode_window(data, (y, x, 1, 1), flip, size)
+            assert shown.shape == (size, size, 3) and (shown == pixel).all()
