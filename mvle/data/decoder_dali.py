@@ -130,8 +130,9 @@ class DaliDecoder:
             images[position].copy_(torch.from_numpy(pixels.copy()))  # as in decoders.py
 
     def close(self) -> None:
-        """End the threads; the pipeline ends with the decoder."""
+        """End the threads, DALI's too."""
         self._torch.close()
+        self._pipeline = None
 
     # --- the pipeline ------------------------------------------------------------------------------------------------
 
@@ -151,10 +152,11 @@ class DaliDecoder:
 
     def _take(self) -> Tensor:
         """The pixels of the oldest images fed, uint8 [n, size, size, 3], complete. Raises RuntimeError."""
-        (shown,) = self._pipeline.share_outputs()  # waits until DALI has written them
+        pipeline = self._pipeline
+        (shown,) = pipeline.share_outputs()  # waits until DALI has written them
         with self._on_stream():
             pixels = torch.from_dlpack(shown.as_tensor()).clone()
-        self._pipeline.release_outputs()  # DALI may write there again
+        pipeline.release_outputs()  # DALI may write there again
         return pixels
 
     @contextlib.contextmanager

@@ -48,6 +48,12 @@ def loader_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(begins)]
 
 
+def native_threads() -> int:
+    """Threads of the process, those that Python does not know too; 0 where that cannot be told."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 0
+
+
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
 def test_the_loader_is_as_far_ahead_as_it_is_told_and_no_further(
     shards: ShardSet, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, prefetch: int
@@ -97,7 +103,7 @@ def test_texts_are_made_while_images_are_decoded(
 def test_no_thread_outlives_the_loader(shards: ShardSet, tokenizer: Tokenizer, take: int, decoder: str) -> None:
     if decoder == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    before = set(loader_threads())
+    before, all_before = set(loader_threads()), native_threads()
     loader = loader_of(shards, tokenizer, steps=None, config=DataConfig(decoder=decoder))
     batches = iter(loader)
     for _ in range(take):
@@ -106,6 +112,7 @@ def test_no_thread_outlives_the_loader(shards: ShardSet, tokenizer: Tokenizer, t
         assert {"loader", "loader-read", "read-0", "text-0", "decode-1"} <= set(loader_threads())
     loader.close()
     assert set(loader_threads()) <= before
+    assert native_threads() <= all_before + 1  # torch and DALI keep one or the other of their own, once
 
 
 def fail_while_reading(loader: Loader, patch: pytest.MonkeyPatch, error: BaseException) -> None:
