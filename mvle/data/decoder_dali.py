@@ -12,10 +12,10 @@ DALI sees no file, no epoch and no random number: all of that is the plan's.
     damage                    DALI does not see all of it (a JPEG cut below the window, say). The checksum is compared
                               before anything is decoded
 
-On a GPU the pixels stay there: DALI writes them on a stream of its own, a copy of them is made on the loader's stream
-before DALI may use its buffer again, and the loader's thread waits for that copy. So a batch is complete when it is
-handed over, whichever stream uses it. The memory belongs to the loader's stream: whoever uses it on another one calls
-record_stream (the loader does).
+On a GPU the pixels stay there. DALI's buffers come back to it in the order of its own streams, whatever torch still
+does with them, so torch does not keep them: they are copied to memory of torch's on the loader's stream, and the
+loader's thread waits for that copy before it releases the buffer. So a batch is complete when it is handed over,
+whichever stream uses it, and whoever uses it on another stream than the loader's calls record_stream (the loader does).
 """
 
 from __future__ import annotations

@@ -196,6 +196,21 @@ def test_a_batch_that_dali_gave_stays_as_it_is(mixed: ShardSet, tokenizer: Token
     assert torch.equal(first.images, kept)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_loader_gives_the_same_pairs_in_its_memory(mixed: ShardSet, tokenizer: Tokenizer) -> None:
+    expected = batches(mixed, tokenizer, "torch")
+    device = torch.device("cuda", torch.cuda.current_device())
+    loader = loader_of(
+        mixed, tokenizer, config=DataConfig(decoder="auto"), image_size=SIZE, pin_memory=True, device=device
+    )
+    assert loader.decoder.name == "dali"
+    for batch, want in zip(loader, expected, strict=True):
+        assert batch.images.device == device and batch.text.rows.is_pinned()
+        assert identity(batch) == identity(want)
+        assert (batch.images.cpu().double() - want.images.double()).abs().mean() < 2.0
+        assert batch.to(device).images is batch.images
+
+
 def test_a_run_says_which_decoder_it_has_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard = write_shapes(tmp_path / "shapes.tar")
     arguments = [f"data.train={shard}", "data.val=null", "evaluation.every=0", f"run.folder={tmp_path / 'run'}"]
