@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import zlib
 from pathlib import Path
@@ -181,8 +182,10 @@ def test_too_many_bad_images_stop_the_run_with_the_list(tmp_path: Path, tokenize
     loader = loader_of(shards, tokenizer, config=DataConfig(max_bad_share=0.004), steps=20)  # 4 of the first 1,000
     with pytest.raises(
         DataError, match=r"(?s)5 images failed .*data\.max_bad_share=0\.004.*s0p\d.*checksum.*index SHARDS"
-    ):
+    ) as caught:
         list(loader)
+    seen = re.search(r"failed within (\d+) pairs", str(caught.value))
+    assert seen and int(seen[1]) in (12, 24)  # an epoch of two steps has all six
 
 
 def test_an_image_that_is_intact_and_undecodable_is_bad_too(
