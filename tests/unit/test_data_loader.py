@@ -135,6 +135,12 @@ def test_an_endless_loader_ends_its_threads_when_it_is_left(shards: ShardSet, to
         next(iter(loader))
 
 
+def test_an_image_that_was_indexed_under_a_larger_bound_is_shown(shards: ShardSet, tokenizer: Tokenizer) -> None:
+    assert_same(
+        loader_of(shards, tokenizer, config=DataConfig(max_pixels=9)).load(0), loader_of(shards, tokenizer).load(0)
+    )
+
+
 def test_cut_captions_are_counted(shards: ShardSet, tokenizer: Tokenizer) -> None:
     batch = loader_of(shards, tokenizer, max_tokens=4).load(0)
     assert batch.truncated == 12 and batch.to("cpu").truncated == 12

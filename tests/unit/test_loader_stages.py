@@ -99,6 +99,26 @@ def test_texts_are_made_while_images_are_decoded(
     assert set(names) == {"text-0"}
 
 
+def test_a_batch_that_is_decoded_does_not_wait_for_the_bytes_of_the_next(
+    shards: ShardSet, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, in_time = threading.Event(), []
+    with loader_of(shards, tokenizer, steps=2) as loader:
+        read = loader._read
+
+        def held(step: int) -> Any:
+            if step == 1:
+                in_time.append(taken.wait(2))
+            return read(step)
+
+        monkeypatch.setattr(loader, "_read", held)
+        batches = iter(loader)
+        next(batches)
+        taken.set()
+        next(batches)
+    assert in_time == [True]
+
+
 @pytest.mark.parametrize("decoder", ["torch", "dali"])
 @pytest.mark.parametrize("take", [0, 2])
 def test_no_thread_outlives_the_loader(shards: ShardSet, tokenizer: Tokenizer, take: int, decoder: str) -> None:
