@@ -164,7 +164,7 @@ def _line(row: Row) -> str:
     if row["provider"].startswith("ours") and useful:
         counting = f"{row['plain_flops'] / useful:.2f}"
     cells = (
-        f"{row['pairs_per_second']:.3g}",
+        f"{n:,.0f}" if (n := row["pairs_per_second"]) >= 100 else f"{n:.3g}",
         f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "plain does not fit",
         counting,
         f"{other['median']:.2f}" if other else "",
@@ -311,7 +311,8 @@ def written(document: str, results: Mapping[str, Mapping[str, Any]]) -> str:
         rows = [r for r in result["rows"] if document == "long" or not r["provider"].startswith("without: ")]
         parts += [f"{measured}:", step_table(rows)]
         if document == "long":
-            parts += ["", "### What each saving is worth", "", savings_table(rows)]
+            if any(r["provider"].startswith("without: ") for r in rows):
+                parts += ["", "### What each saving is worth", "", savings_table(rows)]
             parts += [f"![{file}](images/{file}_{name.rsplit('_', 1)[1]}.svg)" for file, _ in plots(result)]
             parts += ["", "Not measured: " + "; ".join([*result.get("skipped", []), *left_out(rows)]) + "."]
     if "step_gpu" not in results:

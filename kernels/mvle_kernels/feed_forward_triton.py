@@ -2,7 +2,10 @@
 
 A program takes a band of columns and walks a run of rows: d_z in the place of d_a, a, and the band's share of the sum
 for b1, which is added up behind it in a fixed order.
-Measured not yet measured on a GPU
+
+Measured H200, 2026-11-27, all 33 calls of a step of base at 256 pairs: 31 ms, where torch's three ops (gelu_backward,
+         gelu, the sum) took 23. That kernel had erf from a library, about 60 instructions a value, and was bound by them. The
+         one below shares the exponential between Phi and its density: not measured yet.
 """
 
 from __future__ import annotations
@@ -65,8 +68,15 @@ def gelu_backward_kernel(
         real = (t < stop)[:, None] & (i < I)[None, :]
         value = tl.load(z + t[:, None] * stride_z + i[None, :], mask=real, other=0).to(tl.float32)
         g = tl.load(grad + t[:, None] * stride_g + i[None, :], mask=real, other=0).to(tl.float32)
-        below = 0.5 + 0.5 * tl.erf(value * 0.7071067811865476)  # Phi
-        density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
+        # Phi and its density from one exponential: Abramowitz and Stegun 7.1.26, |error of erf| < 1.5e-7
+        bell = tl.exp(-0.5 * value * value)
+        u = 1.0 / (1.0 + 0.23164190 * tl.abs(value))  # 0.3275911 / sqrt(2)
+        beyond = 1.061405429 * u - 1.453152027
+        beyond = ((beyond * u + 1.421413741) * u - 0.284496736) * u + 0.254829592
+        beyond = 0.5 * beyond * u * bell  # Phi(-|z|)
+        below = tl.where(value > 0, 1.0 - beyond, beyond)
+        below = tl.where(value == value, below, value)
+        density = 0.3989422804014327 * bell
         g = (g * (below + value * density)).to(grad.dtype.element_ty)
         tl.store(grad + t[:, None] * stride_g + i[None, :], g, mask=real)
         tl.store(a + t[:, None] * I + i[None, :], (value * below).to(a.dtype.element_ty), mask=real)

@@ -169,7 +169,8 @@ def test_offsets_of_more_than_32_bits_of_the_widest_rows() -> None:
     expected = gelu_backward(z, near := grad.clone())
     far = far_apart(grad)
     got = gelu_backward(far_apart(z), far)
-    assert far.equal(near) and all(map(torch.equal, got, expected))
+    for one, other in zip((far, *got), (near, *expected), strict=True):  # compiled for other alignments
+        torch.testing.assert_close(one, other)
 
 
 # ---- who takes them -------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def test_explain_says_what_they_take() -> None:
     x, y, weight, bias = rows(4, 24)
     assert says_that_it_can(explain(add_norm, x, y, weight, bias, EPS))
     assert says_that_it_can(explain(add_norm, x, None, weight, bias, EPS))
-    assert says_that_it_can(explain(feed_forward, *layers(4, 8, 24, 8)))
+    assert "triton not asked: " in explain(feed_forward, *layers(4, 8, 24, 8))
     assert "triton refused: takes tensors of one dtype" in explain(add_norm, x, y, weight.half(), bias, EPS)
     wide = torch.ones(8200, device=DEVICE)
     said = explain(add_norm, wide[None], None, wide, wide, EPS)
