@@ -4,8 +4,8 @@ A program takes a band of columns and walks a run of rows: d_z in the place of d
 for b1, which is added up behind it in a fixed order.
 
 Measured H200, 2026-11-27, all 33 calls of a step of base at 256 pairs: 31 ms, where torch's three ops (gelu_backward,
-         gelu, the sum) took 23. That kernel had erf from a library, about 60 instructions a value, and was bound by them. The
-         one below shares the exponential between Phi and its density: not measured yet.
+         gelu, the sum) took 23. That kernel had erf from a library, about 60 instructions a value, and was bound by
+         them. The one below shares the exponential between Phi and its density: not measured yet.
 """
 
 from __future__ import annotations
