@@ -1,4 +1,4 @@
-"""`python -m mvle.data pack | index | inspect | shapes`: from image files and captions to shards that train."""
+"""`python -m mvle.data pack | index | inspect | shapes | wds2idx`: from files and captions to shards that train."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ other inputs (karpathy json, csv, tsv, folders), shards made elsewhere, and URLs
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of all four programs."""
+    """The command line of all programs."""
     top = argparse.ArgumentParser(
         "python -m mvle.data", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,9 +63,17 @@ def parser() -> argparse.ArgumentParser:
     )
     index.add_argument("--index-folder", metavar="DIR", help="for shards that nothing can be written beside")
     index.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="leave out larger images")
-    index.add_argument("--threads", type=int, default=2, metavar="N", help="decoding threads (default: 2)")
+    index.add_argument("--no-verify", action="store_true", help="read headers alone: faster, and damage is met later")
+    index.add_argument("--from-wds2idx", action="store_true", help="where members are stands in SHARD.idx (wds2idx)")
+    index.add_argument("--again", action="store_true", help="make an index anew that is there and up to date")
+    index.add_argument("--workers", type=int, metavar="N", help="shards at once (default: cores, 1 for a few MiB)")
+    index.add_argument("--threads", type=int, metavar="N", help="decoding threads of each (default: 2 alone, else 1)")
     index.add_argument("--reasons", type=int, default=20, metavar="N", help="left-out images to list (default: 20)")
     index.set_defaults(run=run_index)
+
+    offsets = programs.add_parser("wds2idx", help="write the index that DALI's own WebDataset reader takes, SHARD.idx")
+    offsets.add_argument("shards", nargs="+", metavar="SHARD", help="tar files on a disk, globs, {000..127}.tar")
+    offsets.set_defaults(run=run_wds2idx)
 
     inspect = programs.add_parser("inspect", help="counts, sizes, caption lengths, what was left out, a contact sheet")
     inspect.add_argument("shards", nargs="+", metavar="SHARD", help="indexed tar files, patterns, or shapes:SPLIT")
@@ -106,33 +114,52 @@ def run_pack(options: argparse.Namespace) -> None:
 
 
 def run_index(options: argparse.Namespace) -> None:
-    """Index every shard, and list what was left out. A shard that cannot be indexed does not keep the others from it;
-    at the end all such are named (DataError)."""
-    from .indexing import IndexPlaceError, index_shard
+    """Index every shard that needs it, and list what was left out. A shard that cannot be indexed does not keep the
+    others from it; at the end all such are named (DataError)."""
+    from .index_many import IndexOptions, index_many
     from .patterns import expand_pattern
 
+    if any(n is not None and n < 1 for n in (options.workers, options.threads)):
+        raise DataError(f"--workers and --threads must be at least 1; got {options.workers}, {options.threads}.")
+    started, made, size, failed = time.perf_counter(), 0, 0, list[str]()
     left_out: list[tuple[str, str]] = []
-    failed: list[str] = []
     paths = [path for pattern in options.shards for path in expand_pattern(pattern)]
-    for path in paths:
-        started = time.perf_counter()
-        try:
-            index = index_shard(path, options.caption_field, options.max_pixels, options.threads, options.index_folder)
-        except IndexPlaceError:
-            raise
-        except (DataError, OSError) as error:
-            failed.append(f"    {path}: {error}")
-            print(f"{path}: not indexed", flush=True)
+    how = IndexOptions(
+        options.caption_field, options.max_pixels, not options.no_verify, options.index_folder,
+        options.from_wds2idx, options.workers, options.threads, options.again,
+    )  # fmt: skip
+    for done in index_many(paths, how):
+        if done.index is None:
+            failed.append(f"    {done.path}: {done.error}")
+            print(f"{done.path}: not indexed", flush=True)
             continue
+        index = done.index
+        counts = f"{index.images:,} images, {index.pairs:,} captions, {len(index.left_out):,} left out"
+        print(f"{done.path}: {counts} ({'up to date' if done.kept else f'{done.seconds:.1f} s'})", flush=True)
+        left_out += [(f"{done.path.name} {key}", reason) for key, reason in index.left_out]
+        if not done.kept:
+            made, size = made + index.images + len(index.left_out), size + index.header["size"]
+    seconds = time.perf_counter() - started
+    if made and len(paths) > 1:
         print(
-            f"{path}: {index.images:,} images, {index.pairs:,} captions, {len(index.left_out):,} left out "
-            f"({time.perf_counter() - started:.1f} s)",
-            flush=True,
+            f"{made:,} images in {seconds:.1f} s: {made / seconds:,.0f} a second, {size / seconds / 2**20:,.0f} MiB/s"
         )
-        left_out += [(f"{path.name} {key}", reason) for key, reason in index.left_out]
     print("\n".join(left_out_lines(left_out, options.reasons, "--reasons N")))
     if failed:
-        raise DataError("\n".join([f"{len(failed)} of {len(paths)} shards were not indexed:", *failed]))
+        raise DataError("\n".join([f"{len(failed)} of {len(paths)} shards were not indexed:", *sorted(failed)]))
+
+
+def run_wds2idx(options: argparse.Namespace) -> None:
+    """Write SHARD.idx beside each shard."""
+    from .patterns import expand_pattern
+    from .wds2idx import write_wds2idx
+
+    for pattern in options.shards:
+        for path in expand_pattern(pattern):
+            if not isinstance(path, Path):
+                raise DataError(f"wds2idx takes files on a disk; got {path}.")
+            place, samples = write_wds2idx(path)
+            print(f"{place}: {samples:,} samples")
 
 
 def run_inspect(options: argparse.Namespace) -> None:

@@ -20,13 +20,15 @@ from __future__ import annotations
 import functools
 import io
 import struct
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
+Loaded = TypeVar("Loaded")
 Window = tuple[int, int, int, int]  # y, x, height, width in displayed coordinates
 
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000: 192 MB once decoded
@@ -114,6 +116,25 @@ def examine_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[ImageInfo,
         _check_png(data, max_pixels)
         return _decode_pillow(data, max_pixels, None, ("PNG",))
     return _decode_pillow(data, max_pixels, None)
+
+
+def identify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
+    """What examine_image says of a good image, from its header where that tells (JPEG, PNG, WebP, BMP); an image of
+    another format is decoded. Damage behind the header is not seen. Raises DecodeError."""
+    if data[:3] == b"\xff\xd8\xff":
+        header = jpeg_header(data)
+        if header is None:
+            raise DecodeError("a JPEG without a frame header")
+        width, height, components, precision, orientation = header
+        _check_bound(width, height, max_pixels)
+        if orientation >= 5:
+            width, height = height, width
+        return ImageInfo("jpeg", width, height, orientation, precision, components)
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        _check_png(data, max_pixels)
+    elif not (data[:4] == b"RIFF" and data[8:12] == b"WEBP") and data[:2] != b"BM":
+        return examine_image(data, max_pixels)[0]
+    return _by_pillow(data, max_pixels, None, None, lambda image: None)[0]
 
 
 # --- JPEG ------------------------------------------------------------------------------------------------------------
@@ -223,18 +244,36 @@ def _decode_pillow(
     data: bytes, max_pixels: int, orientation: int | None, formats: tuple[str, ...] | None = None
 ) -> tuple[ImageInfo, Pixels]:
     """orientation None: read it from the file's EXIF block (JPEG brings its own, so that both decoders agree)."""
+
+    def load(image: Any) -> Pixels:
+        image.load()
+        return _to_rgb(image)
+
+    info, stored = _by_pillow(data, max_pixels, orientation, formats, load)
+    pixels = upright(stored, info.orientation)
+    return info._replace(width=pixels.shape[1], height=pixels.shape[0]), pixels
+
+
+def _by_pillow(
+    data: bytes,
+    max_pixels: int,
+    orientation: int | None,
+    formats: tuple[str, ...] | None,
+    load: Callable[[Any], Loaded],
+) -> tuple[ImageInfo, Loaded]:
+    """What the header says, and what `load` makes of the open image."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=formats or _pillow_formats()) as image:
             _check_bound(*image.size, max_pixels)
             depth, channels = _stored(image, data)
-            image.load()
+            width, height = image.size
+            loaded = load(image)
             name = _NAMES.get(image.format or "", (image.format or "other").lower())
             if orientation is None:  # Pillow turns TIFF upright by itself
                 block = b"" if name == "tiff" else image.info.get("exif", b"")
                 orientation = exif_orientation(block[6:] if block[:6] == b"Exif\0\0" else block)
-            pixels = upright(_to_rgb(image), orientation)
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:
@@ -243,8 +282,9 @@ def _decode_pillow(
         raise DecodeError(f"no image format that is known here; the file begins with {data[:12]!r}") from error
     except Exception as error:  # hostile bytes make Pillow's plugins raise nearly every type there is; none is hidden
         raise DecodeError(f"{type(error).__name__}: {str(error) or 'no reason given'}") from error
-    format_name = name if name in FORMATS else "other"
-    return ImageInfo(format_name, pixels.shape[1], pixels.shape[0], orientation, depth, channels), pixels
+    if orientation >= 5:
+        width, height = height, width
+    return ImageInfo(name if name in FORMATS else "other", width, height, orientation, depth, channels), loaded
 
 
 @functools.cache

@@ -17,17 +17,20 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 from .columns import read_columns
 from .errors import DataError
-from .files import File, below, beside, locate, status
+from .files import File, below, beside, locate, open_ranges, patiently, status
 from .remote import RemoteFile
 from .workers import Workers
 
 VERSION = 1
 HEADER = "mvle.index"
 SUFFIX = ".index.safetensors"
+ENDS = 65536
+_ABOUT_THE_FILE = ("time_ns", "ends", "verified")  # of the header: they change no row
 _OPENERS = 32  # indexes behind URLs that are opened at once: each is two or three round trips
 
 Result = TypeVar("Result")
@@ -53,6 +56,16 @@ def shard_changed(shard: File, expected: str, now: str, what: str = "the shard")
         f"again (the same file gives the same index, and then a run goes on from its last checkpoint):\n"
         f"    {index_command([str(shard)])}"
     )
+
+
+def ends_of(file: File) -> str:
+    """A hash of the first and last ENDS bytes of a file. Raises OSError, DataError."""
+
+    def read() -> bytes:
+        ranges = open_ranges(file)
+        return ranges.read(0, ENDS) + ranges.read(max(0, ranges.size() - ENDS), ENDS)
+
+    return blake2b(patiently(read, f"{file} cannot be read"), digest_size=8).hexdigest()
 
 
 class ShardIndex:
@@ -104,15 +117,29 @@ class ShardIndex:
 
     @property
     def identity(self) -> str:
-        """The header as one line of JSON, without the time: a copy of the same data is the same data."""
-        return json.dumps({k: v for k, v in self.header.items() if k != "time_ns"}, sort_keys=True)
+        """The header as one line of JSON, without what does not change rows: a copy of the same data is the same data,
+        and so is an index that was made without decoding, where it left out the same."""
+        return json.dumps({k: v for k, v in self.header.items() if k not in _ABOUT_THE_FILE}, sort_keys=True)
+
+    @property
+    def verified(self) -> bool:
+        """Whether every image was decoded when the index was made."""
+        return self.header.get("verified", True)
 
     def stale(self) -> str | None:
-        """Why the shard is not the one that was indexed, or None. A copy (both files new, index last) is fine."""
+        """Why the shard is not the one that was indexed, or None. A copy (both files new, index last) is fine.
+
+        The time of the index: nothing is read. Another time: a copy, or another file of the same size, and the first
+        and last bytes tell mostly which.
+        """
         size, time_ns, _ = self.status
         if size != self.header["size"]:
             return f"the shard has {size} bytes and had {self.header['size']} when it was indexed"
-        if time_ns is None or time_ns <= (self.header["time_ns"] or 0):  # None: a server that does not say
+        if time_ns is None or time_ns == self.header["time_ns"]:  # None: a server that does not say
+            return None
+        if (ends := self.header.get("ends")) is not None and ends != ends_of(self.path):
+            return "its first or last bytes are others than when it was indexed"
+        if time_ns <= (self.header["time_ns"] or 0):
             return None
         if time_ns > (status(self.file).time_ns or 0):
             return "the shard was written after it was indexed"

@@ -1,6 +1,6 @@
 """Making an index: every image of a shard is really decoded, once, and what cannot be used is listed with the reason.
 
-Called by `python -m mvle.data index` and by the shapes demo set. What the columns mean is in index.py.
+Called by index_many.py (`python -m mvle.data index`) and by the shapes demo set. What the columns mean is in index.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from .captions import CaptionError, bytes_id, caption_flags, captions_of, text_id
 from .columns import pack_strings, write_columns
-from .decode import FORMATS, MAX_PIXELS, DecodeError, ImageInfo, PixelBoundError, examine_image
+from .decode import FORMATS, MAX_PIXELS, DecodeError, ImageInfo, PixelBoundError, examine_image, identify_image
 from .errors import DataError
 from .files import File, is_read_only, local_copy, locate, status
-from .index import HEADER, VERSION, ShardIndex, index_path
+from .index import HEADER, VERSION, ShardIndex, ends_of, index_path
 from .reader import ShardReader
 from .remote import RemoteFile
 from .tar import Member, members, split_name
+from .wds2idx import place_of, read_wds2idx
 
 IMAGE_SUFFIXES = (
     "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm", "pnm", "img",
@@ -52,19 +53,29 @@ def index_shard(
     max_pixels: int = MAX_PIXELS,
     threads: int = 2,
     index_folder: str | os.PathLike[str] | None = None,
+    verify: bool = True,
+    wds2idx: bool = False,
 ) -> ShardIndex:
     """Decode every image of a tar and write its index, beside it or under index_folder.
 
-    caption_field: see `captions_of`. A shard behind a URL is fetched whole for that, once, into a temporary folder. The
-    index of an unchanged shard comes out the same, whatever the machine. Raises DataError where the tar itself is
-    damaged, IndexPlaceError where no index can be written, OSError where there is no such shard.
+    caption_field: see `captions_of` · verify False: images are read, since their bytes have a checksum and an id, and
+    told by their headers, not decoded; one that is damaged behind its header is met, and replaced, while training ·
+    wds2idx: where members are stands in SHARD.idx beside a shard on a disk; nobody walks over their headers.
+    A shard behind a URL is fetched whole for that, once, into a temporary folder. The index of an unchanged shard comes
+    out the same, whatever the machine. Raises DataError where the tar itself is damaged, IndexPlaceError where no index
+    can be written, OSError where there is no such shard.
     """
     shard, place = locate(path), index_path(path, index_folder)
     if is_read_only(place):
         raise _no_place(place, "it is read-only", index_folder)
     state = status(shard)
     with local_copy(shard) as copy:
-        results = _examine_all(copy, str(shard), caption_field, max_pixels, threads)
+        if wds2idx:
+            found: Iterable[Member] = read_wds2idx(place_of(copy), copy)
+        else:
+            found = members(copy, str(shard))
+        results = _examine_all(copy, found, caption_field, max_pixels, threads, verify)
+        ends = ends_of(copy)
 
     rows: dict[str, _Row] = {}
     left_out: list[tuple[str, str]] = []
@@ -87,6 +98,8 @@ def index_shard(
         "captions": len(columns["caption.text_id"]),
         "left_out": left_out,
         "digest": _digest(columns),
+        "ends": ends,
+        **({} if verify else {"verified": False}),
     }
     try:
         write_columns(place, columns, header, HEADER)
@@ -106,16 +119,16 @@ def _no_place(place: File, why: str, index_folder: str | os.PathLike[str] | None
 
 
 def _examine_all(
-    copy: Path, name: str, caption_field: str | None, max_pixels: int, threads: int
+    copy: Path, found: Iterable[Member], caption_field: str | None, max_pixels: int, threads: int, verify: bool
 ) -> list[_Row | tuple[str, str]]:
     """The row of each pair, or (key, why it is left out), in the order of the tar."""
     reader = ShardReader([copy])
 
     def examine(groups: list[_Group]) -> list[_Row | tuple[str, str]]:
-        return [_examine(reader, group, caption_field, max_pixels) for group in groups]
+        return [_examine(reader, group, caption_field, max_pixels, verify) for group in groups]
 
     # Tasks of 64 pairs: one a pair spends as long on locks as on small pictures.
-    groups = list(_groups(copy, name))
+    groups = list(_groups(found))
     with ThreadPoolExecutor(threads) as pool:
         parts = pool.map(examine, [groups[i : i + 64] for i in range(0, len(groups), 64)])
         results = [result for part in parts for result in part]
@@ -128,10 +141,10 @@ class _Group(NamedTuple):
     components: dict[str, Member]
 
 
-def _groups(shard: Path, name: str) -> Iterator[_Group]:
+def _groups(found: Iterable[Member]) -> Iterator[_Group]:
     """Consecutive members of one key. A component that comes twice begins a new group, which repeats the key."""
     key, components = None, dict[str, Member]()
-    for member in members(shard, name):
+    for member in found:
         stem, suffix = split_name(member.name)
         base = stem.rpartition("/")[2]
         if not suffix or base == "" or (base.startswith("__") and base.endswith("__")):
@@ -168,7 +181,9 @@ def _by_image(key: str, components: dict[str, Member]) -> list[_Group]:
     return [_Group(f"{key}.{stem}", own) for stem, own in found.items()] + ([_Group(key, rest)] if rest else [])
 
 
-def _examine(reader: ShardReader, group: _Group, caption_field: str | None, max_pixels: int) -> _Row | tuple[str, str]:
+def _examine(
+    reader: ShardReader, group: _Group, caption_field: str | None, max_pixels: int, verify: bool
+) -> _Row | tuple[str, str]:
     """The row of a pair, or (key, why it is left out)."""
     parts = group.components
     texts: dict[str, bytes] = {s: reader.read(0, parts[s].offset, parts[s].size) for s in ("json", "txt") if s in parts}
@@ -178,7 +193,7 @@ def _examine(reader: ShardReader, group: _Group, caption_field: str | None, max_
     data = reader.read(0, parts[suffix].offset, parts[suffix].size)
     try:
         captions = captions_of(texts, caption_field)
-        info, _ = examine_image(data, max_pixels)
+        info = examine_image(data, max_pixels)[0] if verify else identify_image(data, max_pixels)
     except CaptionError as error:
         return group.key, f"no caption: {error}{_origin(texts)}"
     except PixelBoundError as error:
