@@ -20,6 +20,7 @@ class Batch:
     image_ids   int64 [B], hash of the image's bytes; text_ids int64 [B], hash of the caption lower-cased
     keys        the shard key of each pair, after its source where there are several; for messages
     image_ratio the share of cells to mask in each image, on the host (drawn by the plan, so known before the step)
+    augmentation int64 [B, 5], the plan's four words for augmentation, and 1 where the caption names a colour
     extras      what a set knows beside the pair: e.g. "objects" uint8 [B, height, width], "scene" list of dict
     replaced    how many of the pairs stand in for a bad image; truncated: how many captions were cut (host ints)
     masks       given masks instead of drawn ones: {"image": bool [B, N]} and/or {"text": bool [T]}, True = masked
@@ -34,6 +35,7 @@ class Batch:
     image_ratio: tuple[float, ...]
     extras: dict[str, Any] = field(default_factory=dict)
     masks: dict[str, Tensor] | None = None
+    augmentation: Tensor | None = None
     replaced: int = 0
     truncated: int = 0
 
@@ -50,6 +52,7 @@ class Batch:
             pair_ids=self.pair_ids.to(**move),
             image_ids=self.image_ids.to(**move),
             text_ids=self.text_ids.to(**move),
+            augmentation=self.augmentation.to(**move) if self.augmentation is not None else None,
             masks={k: v.to(**move) for k, v in self.masks.items()} if self.masks else self.masks,
         )
 
@@ -69,6 +72,7 @@ class Batch:
             text_ids=self.text_ids[start:stop],
             keys=self.keys[start:stop],
             image_ratio=self.image_ratio[start:stop],
+            augmentation=self.augmentation[start:stop] if self.augmentation is not None else None,
             extras={},
             replaced=0,
             truncated=0,

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 
 from ..config_keys import NamedMistakes, checked, shown
 from ..section import Section
+from .augment_config import AugmentConfig
 from .decode import MAX_PIXELS
 from .errors import DataError
 from .index import ShardIndex
@@ -74,6 +75,7 @@ class DataConfig(Section):
     )
     crop_aspect: tuple[float, float] = Field((3 / 4, 4 / 3), description="random crop: width / height")
     flip: bool = Field(True, description="mirror half of the images, never where the caption says left or right")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="changes of colour and shape in training")
     window: int = Field(8, ge=1, description="shards of a shuffling window; more shuffle better and read more widely")
     threads: int = Field(2, ge=1, description="threads that read, and threads that decode, on each rank")
     prefetch: int = Field(

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from mvle_kernels import Packed
 
+from .augment import plan_words
 from .bad_images import BadImageError
 from .batch import Batch
 from .decode import FORMATS, DecodeError, Pixels
@@ -67,6 +68,7 @@ def assemble(
         text_ids=torch.tensor([shards.text_id(draw.row, draw.caption) for draw in draws], dtype=torch.int64),
         keys=[shards.name(draw.row) for draw in draws],
         image_ratio=tuple(draw.ratio for draw in draws),
+        augmentation=plan_words(draws),
     )
 
 
@@ -80,4 +82,5 @@ def pinned(batch: Batch) -> Batch:
         pair_ids=batch.pair_ids.pin_memory(),
         image_ids=batch.image_ids.pin_memory(),
         text_ids=batch.text_ids.pin_memory(),
+        augmentation=batch.augmentation.pin_memory() if batch.augmentation is not None else None,
     )

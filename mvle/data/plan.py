@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ import numpy as np
 from mvle_kernels.random import Stream, uniform, words
 from numpy.typing import NDArray
 
-from .captions import NO_FLIP
+from .captions import NAMES_COLOUR, NO_FLIP
 from .decode import Window
 from .errors import DataError
 from .sources import Source, weights_of
@@ -57,7 +57,7 @@ class Rows(Protocol):
         """Captions of the image."""
 
     def flags(self, row: int, caption: int) -> int:
-        """Bit 0: must not be flipped."""
+        """Bit 0: must not be flipped. Bit 1: the caption names a colour."""
 
     def key_hash(self, row: int) -> int:
         """64 bits of the key."""
@@ -68,7 +68,7 @@ class Draw:
     """One pair as it is to be shown.
 
     window (y, x, height, width): displayed pixels, inside the image · ratio: share of cells to mask ·
-    augmentation: four 32-bit words for whoever wants more randomness of this pair.
+    augmentation: four 32-bit words for whoever wants more randomness of this pair · names_colour: the caption does.
     """
 
     counter: int
@@ -78,6 +78,7 @@ class Draw:
     flip: bool
     ratio: float
     augmentation: tuple[int, int, int, int]
+    names_colour: bool = False
 
 
 class SamplingPlan:
@@ -86,7 +87,8 @@ class SamplingPlan:
     shards: the data (a ShardSet) · batch_total: pairs of a step over all ranks · slots: divides it; ranks divide slots
     image_ratio: share of cells to mask, or (low, high) drawn for each pair · fraction: keep the rows whose key hashes
     below this share (nested: a smaller fraction is a subset of each source) · window: shards of a shuffling window ·
-    crop_scale, crop_aspect: range of the window's share of the image's area, and of its width / height.
+    crop_scale, crop_aspect: range of the window's share of the image's area, and of its width / height · augment: how
+    the images are changed by the words that the plan draws for it, as plain values; None: not at all.
     Raises DataError where a source has no image, ValueError for numbers that do not divide.
     """
 
@@ -103,13 +105,14 @@ class SamplingPlan:
         crop_scale: tuple[float, float] = (0.2, 1.0),
         crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
+        augment: Mapping[str, Any] | None = None,
     ) -> None:
         if slots < 1 or batch_total % slots:
             raise ValueError(f"data.slots must divide batch.total ({batch_total}); got {slots}.")
         self.shards, self.seed, self.batch_total, self.slots = shards, seed, batch_total, slots
         self.image_ratio = image_ratio if isinstance(image_ratio, tuple) else (image_ratio, image_ratio)
         self.fraction, self.window, self.flip = fraction, window, flip
-        self.crop_scale, self.crop_aspect = crop_scale, crop_aspect
+        self.crop_scale, self.crop_aspect, self.augment = crop_scale, crop_aspect, augment
 
         self.weights = weights_of(shards.sources)
         rows = _kept_rows(shards, fraction)
@@ -137,6 +140,7 @@ class SamplingPlan:
             crop_scale=data.crop_scale,
             crop_aspect=data.crop_aspect,
             flip=data.flip,
+            augment=data.augment.model_dump(mode="json") if data.augment.on else None,
         )
 
     @property
@@ -147,6 +151,8 @@ class SamplingPlan:
             "slots": self.slots, "image_ratio": self.image_ratio, "fraction": self.fraction, "window": self.window,
             "crop_scale": self.crop_scale, "crop_aspect": self.crop_aspect, "flip": self.flip,
         }  # fmt: skip
+        if self.augment is not None:  # runs without it keep the fingerprint that they had before there was one
+            parts["augment"] = self.augment
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def epochs(self, steps: int) -> list[float]:
@@ -208,12 +214,12 @@ class SamplingPlan:
         draws = []
         for i, row in enumerate(rows):
             caption = int(captions[i])
-            flip = self.flip and bool(drawn[i, 0] & 1) and not shards.flags(row, caption) & NO_FLIP
+            flags = shards.flags(row, caption)
+            flip = self.flip and bool(drawn[i, 0] & 1) and not flags & NO_FLIP
             y, x, height, width = (int(v) for v in windows[i])
             a, b, c, d = (int(v) for v in extra[i])
-            draws.append(
-                Draw(int(counters[i]), row, caption, (y, x, height, width), flip, float(ratios[i]), (a, b, c, d))
-            )
+            window, ratio, colour = (y, x, height, width), float(ratios[i]), bool(flags & NAMES_COLOUR)
+            draws.append(Draw(int(counters[i]), row, caption, window, flip, ratio, (a, b, c, d), colour))
         return draws
 
 

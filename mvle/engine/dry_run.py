@@ -84,6 +84,7 @@ def made_up_batch(config: Config, vocabulary: int, pairs: int, seed: int) -> Bat
         text_ids=torch.arange(pairs) + seed * pairs,
         keys=[f"made up {i}" for i in range(pairs)],
         image_ratio=tuple((low + (high - low) * torch.rand(pairs, generator=draw)).tolist()),
+        augmentation=torch.cat([torch.randint(n, (pairs, k), generator=draw) for n, k in ((2**32, 4), (2, 1))], 1),
     )
 
 

@@ -1,6 +1,7 @@
 """One optimizer step over the global batch.
 
-    global counts -> (contrast over the whole batch) -> micro-batches: forward, backward -> clip, step -> EMA
+    global counts -> micro-batches, augmented -> (contrast over the whole batch) -> forward, backward of each
+        -> clip, step -> EMA
 
 Nothing here waits for the device. The result holds device tensors; who wants numbers decides when to wait for them.
 """
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..data.augment import augmented
 from ..data.batch import Batch
 from ..model.model import NAMES
 from .build import Built
@@ -85,9 +87,10 @@ class TrainStep:
         return StepResult(sums, {"grad_norm": norm, **state}, skipped, broken, peak, norms)
 
     def pieces(self, batch: Batch) -> list[Batch]:
-        """The micro-batches: contiguous pairs."""
+        """The micro-batches: contiguous pairs, with their images augmented, once for all that is made of them."""
         micro, multiple = self.arithmetic.micro, self.config.kernels.row_multiple
-        return [batch.micro(k * micro, (k + 1) * micro, multiple) for k in range(self.arithmetic.accumulate)]
+        pieces = [batch.micro(k * micro, (k + 1) * micro, multiple) for k in range(self.arithmetic.accumulate)]
+        return [augmented(piece, self.config.data.augment) for piece in pieces]
 
     def contrast(self, batch: Batch, pieces: Sequence[Batch]) -> list[ContrastPart | None]:
         """Each micro-batch's part of the contrastive loss over the global batch; None where one forward has it all."""

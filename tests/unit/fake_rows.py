@@ -63,4 +63,5 @@ def plan_of(rows: FakeRows | None = None, **changes: object) -> SamplingPlan:
 
 def digest(found: object) -> str:
     """A short hash of what a plan gave, to write down in a test."""
-    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
+    text = repr(found).replace(", names_colour=False", "")  # newer than what is written down; no caption here names one
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
