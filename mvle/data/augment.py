@@ -76,6 +76,7 @@ def augment(images: Tensor, words: Tensor, config: AugmentConfig) -> Tensor:
     In this order: RandAugment's ops, brightness, contrast, saturation, grey, blur. Every op has numbers of its own, so
     that switching one on changes no other.
     """
+    images = images.permute(0, 3, 1, 2).contiguous()  # planes, as the ops want them
     numbers = draw(words, LAYERS + config.randaugment.ops)
     fixed = torch.zeros_like(words[:, 4], dtype=torch.bool) if config.colour_words else words[:, 4] != 0
     for layer in range(config.randaugment.ops):
@@ -93,7 +94,7 @@ def augment(images: Tensor, words: Tensor, config: AugmentConfig) -> Tensor:
         most = config.blur.strength
         sigma = SMALLEST_SIGMA + (most - SMALLEST_SIGMA) * numbers.uniform[:, BLUR, 1].float()
         images = ops.blur(images, torch.where(_chosen(numbers, BLUR, config.blur.probability), sigma, 0.0), most)
-    return images
+    return images.permute(0, 2, 3, 1).contiguous()
 
 
 def draw(words: Tensor, blocks: int) -> Numbers:
@@ -119,7 +120,8 @@ def _factor(numbers: Numbers, block: int, config: FactorConfig, fixed: Tensor) -
 
 
 def randaugment(images: Tensor, numbers: Numbers, block: int, magnitude: float, fixed: Tensor) -> Tensor:
-    """One op for each image, drawn evenly from RANDAUGMENT, with a drawn sign; fixed bool [B]: none of COLOURS."""
+    """One op for each image (planes), drawn evenly from RANDAUGMENT, with a drawn sign; fixed bool [B]: none of
+    COLOURS."""
     choice = (numbers.words[:, block, 0] * len(RANDAUGMENT)) >> 32
     choice = torch.where(fixed & (choice >= RANDAUGMENT.index(COLOURS[0])), RANDAUGMENT.index("identity"), choice)
     sign = torch.where(numbers.uniform[:, block, 1] < 0.5, -1.0, 1.0)
@@ -127,7 +129,8 @@ def randaugment(images: Tensor, numbers: Numbers, block: int, magnitude: float, 
 
 
 def by_choice(images: Tensor, choice: Tensor, strength: Tensor) -> Tensor:
-    """Image i changed by RANDAUGMENT[choice[i]]; strength float32 [B], -1 .. 1 of what magnitude 10 means."""
+    """Image i of uint8 [B, 3, height, width] changed by RANDAUGMENT[choice[i]]; strength float32 [B], -1 .. 1 of what
+    magnitude 10 means."""
 
     def chosen(name: str) -> Tensor:
         return choice == RANDAUGMENT.index(name)
@@ -137,7 +140,7 @@ def by_choice(images: Tensor, choice: Tensor, strength: Tensor) -> Tensor:
 
     factor = 1 + MOST_FACTOR * strength
     moved = (choice >= RANDAUGMENT.index(GEOMETRIC[0])) & (choice <= RANDAUGMENT.index(GEOMETRIC[-1]))
-    images = where(moved, ops.warp(images, *geometry(choice, strength, images.shape[1:3])))
+    images = where(moved, ops.warp(images, *geometry(choice, strength, images.shape[2:])))
     images = ops.sharpness(images, torch.where(chosen("sharpness"), factor, 1.0))
     images = where(chosen("equalize"), ops.equalize(images))
     # the rest are linear maps: one pass with the terms of whichever was drawn

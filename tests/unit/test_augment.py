@@ -14,11 +14,11 @@ from torch import Tensor
 
 from benchmarks.nosync import RefuseSyncs, fake_device
 from mvle.config import ConfigError, check_ranks, load_config
-from mvle.data.augment import augment, augmented, by_choice, draw, geometry, plan_words
+from mvle.data.augment import LAYERS, augment, augmented, by_choice, draw, geometry, plan_words, randaugment
 from mvle.data.augment_config import COLOURS, GEOMETRIC, RANDAUGMENT, AugmentConfig
 from mvle.data.config import DataConfig
-from mvle.data.indexing import index_shard
 from mvle.data.evaluation_batch import evaluation_batch
+from mvle.data.indexing import index_shard
 from mvle.data.loader import Loader
 from mvle.data.plan import SamplingPlan
 from mvle.data.shards import ShardSet
@@ -30,7 +30,7 @@ from ..helpers import make_batch
 from .data_files import make_shards, number_words, pair, write_shard
 from .fake_rows import plan_of
 from .small_run import small_config
-from .test_augment_ops import pictures
+from .test_augment_ops import pictures as planes
 
 EVERYTHING: dict[str, Any] = {
     "brightness": {"probability": 0.8, "strength": 0.4},
@@ -41,6 +41,11 @@ EVERYTHING: dict[str, Any] = {
     "randaugment": {"ops": 2, "magnitude": 7},
 }
 COLOUR_ALONE = {name: {"probability": 1.0} for name in ("brightness", "contrast", "saturation", "grey")}
+
+
+def pictures(*how: int) -> Tensor:
+    """uint8 [B, height, width, 3]."""
+    return planes(*how).permute(0, 2, 3, 1).contiguous()
 
 
 def config_of(**sections: Any) -> AugmentConfig:
@@ -170,7 +175,7 @@ def test_nothing_is_mirrored_or_turned_far() -> None:
 
 
 def test_every_op_of_randaugment_changes_its_own_image_alone() -> None:
-    images = pictures(len(RANDAUGMENT)) // 2 + 30  # with room to stretch their contrast
+    images = planes(len(RANDAUGMENT)) // 2 + 30  # with room to stretch their contrast
     choice, strength = torch.arange(len(RANDAUGMENT)), torch.full((len(RANDAUGMENT),), 0.7)
     found = by_choice(images, choice, strength)
     assert changed(images, found) == [name != "identity" for name in RANDAUGMENT]
@@ -183,10 +188,15 @@ def test_every_op_of_randaugment_changes_its_own_image_alone() -> None:
 
 
 def test_randaugment_draws_every_op_about_as_often_and_both_signs() -> None:
-    numbers = draw(words_of(2400), 6)
-    choice = (numbers.words[:, 5, 0] * len(RANDAUGMENT)) >> 32
+    numbers = draw(words_of(2400), LAYERS + 1)
+    choice = (numbers.words[:, LAYERS, 0] * len(RANDAUGMENT)) >> 32
     counts = torch.bincount(choice, minlength=len(RANDAUGMENT))
     assert int(counts.min()) > 150 and int(counts.max()) < 250  # 200 each
+
+    flat = torch.full((2400, 3, 4, 4), 100, dtype=torch.uint8)
+    found = randaugment(flat, numbers, LAYERS, 5.0, torch.zeros(2400, dtype=torch.bool))[:, 0, 1, 1]
+    bright = found[choice == RANDAUGMENT.index("brightness")].tolist()
+    assert set(bright) == {55, 145} and 0.4 < bright.count(55) / len(bright) < 0.6  # half of a factor of 1 +- 0.9
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------

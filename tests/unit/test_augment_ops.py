@@ -19,12 +19,12 @@ FACTORS = [0.0, 0.3, 1.0, 1.7]
 
 
 def pictures(count: int = 4, height: int = 40, width: int = 48, seed: int = 0) -> Tensor:
-    """Smooth colours with some noise, up to both ends of the range: uint8 [B, height, width, 3]."""
+    """Smooth colours with some noise, up to both ends of the range: uint8 [B, 3, height, width]."""
     draw = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 6, 6, generator=draw) * 300 - 20
     fine = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
     noisy = fine + 8 * torch.randn(fine.shape, generator=draw)
-    return noisy.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return noisy.round().clamp(0, 255).to(torch.uint8)
 
 
 def each(factor: float, count: int = 4) -> Tensor:
@@ -32,11 +32,12 @@ def each(factor: float, count: int = 4) -> Tensor:
 
 
 def by_torchvision(op: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return op(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return op(images)
 
 
 def by_pillow(op: Callable[[Image.Image], Image.Image], images: Tensor) -> Tensor:
-    return torch.stack([torch.from_numpy(np.array(op(Image.fromarray(one.numpy())))) for one in images])
+    shown = [np.array(op(Image.fromarray(one.permute(1, 2, 0).numpy()))) for one in images]
+    return torch.stack([torch.from_numpy(one).permute(2, 0, 1) for one in shown])
 
 
 def furthest(ours: Tensor, other: Tensor) -> int:
@@ -85,8 +86,10 @@ def test_factors_belong_to_images_one_each() -> None:
 
 
 def test_grey_is_pillows_bit_for_bit() -> None:
-    images = torch.randint(0, 256, (2, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    expected = torch.stack([torch.from_numpy(np.array(Image.fromarray(one.numpy()).convert("L"))) for one in images])
+    images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = torch.stack(
+        [torch.from_numpy(np.array(Image.fromarray(one.permute(1, 2, 0).numpy()).convert("L"))) for one in images]
+    )
     assert torch.equal(ops.grey(images), expected.int())
 
 
@@ -94,7 +97,7 @@ def test_grey_is_pillows_bit_for_bit() -> None:
 def test_autocontrast_is_torchvisions_but_for_rounding(flat: bool) -> None:
     images = pictures() // 2 + 30
     if flat:
-        images[1:3, :, :, 1] = 77  # a channel of one value stays
+        images[1:3, 1] = 77  # a channel of one value stays
     changed = ops.linear(images, ops.autocontrast(images))
     assert furthest(changed, by_torchvision(reference.autocontrast, images)) <= 1
     assert int(changed[0].min()) == 0 and int(changed[0].max()) == 255
@@ -119,15 +122,15 @@ def test_a_blur_without_sigma_leaves_its_image_and_small_images_blur_as_far_as_t
     images, sigma = pictures(3, 5, 4), torch.tensor([0.0, 1.0, 0.0])
     blurred = ops.blur(images, sigma, 5.0)
     assert torch.equal(blurred[[0, 2]], images[[0, 2]]) and not torch.equal(blurred[1], images[1])
-    assert torch.equal(ops.blur(images[:, :1], sigma, 5.0), images[:, :1])  # no pixel beside it, none to mirror
+    assert torch.equal(ops.blur(images[:, :, :1], sigma, 5.0), images[:, :, :1])  # no pixel beside it, none to mirror
 
 
 def as_torchvision_shows(images: Tensor, **how: object) -> Tensor:
     """Its bilinear map with zeros outside, about our grey: with a fill it weighs pixels at the edge twice."""
     how = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]} | how
-    planes = images.permute(0, 3, 1, 2).float() - ops.FILL
+    planes = images.float() - ops.FILL
     shown = reference.affine(planes, interpolation=InterpolationMode.BILINEAR, **how)  # type: ignore[arg-type]
-    return (shown + ops.FILL).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return (shown + ops.FILL).round().to(torch.uint8)
 
 
 @pytest.mark.parametrize("size", [(40, 40), (40, 48)])
@@ -147,4 +150,4 @@ def test_warps_are_torchvisions(size: tuple[int, int]) -> None:
 
 def test_what_lies_outside_of_an_image_is_grey() -> None:
     moved = ops.warp(pictures(1, 40, 40), torch.eye(2)[None], torch.tensor([[10.0, 0.0]]))
-    assert (moved[:, :, 30:] == ops.FILL).all() and not (moved[:, :, 29] == ops.FILL).all()
+    assert (moved[..., 30:] == ops.FILL).all() and not (moved[..., 29] == ops.FILL).all()
