@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from ..config_keys import NamedMistakes, checked, shown
 from ..section import Section
 from .augment_config import AugmentConfig
+from .cache import ShardCache
 from .decode import MAX_PIXELS
 from .errors import DataError
 from .index import ShardIndex
@@ -80,6 +81,15 @@ class DataConfig(Section):
     threads: int = Field(2, ge=1, description="threads that read, and threads that decode, on each rank")
     prefetch: int = Field(
         2, ge=1, description="batches that wait ready on each rank while the model works; two more are in the making"
+    )
+    read_ahead: int = Field(
+        256, ge=0, description="MiB of the images of the next step that a disk is told of beforehand; 0: it is not"
+    )
+    cache_folder: str | None = Field(
+        None, description="where shards behind URLs are kept, each fetched once and whole; null: read by parts"
+    )
+    cache_gib: float = Field(
+        100, gt=0, allow_inf_nan=False, description="most that is kept there, GiB; what was used longest ago leaves"
     )
     max_pixels: int = Field(MAX_PIXELS, ge=1, description="larger images are left out when a shard is indexed")
     max_bad_share: float = Field(
@@ -180,7 +190,10 @@ def open_shards(config: DataConfig, split: Literal["train", "val", "test"]) -> S
                 )
         sources.append(Source(name, range(len(indexes), len(indexes) + len(found)), source.weight))
         indexes += found
-    return ShardSet(indexes, sources)
+    cache = None
+    if config.cache_folder is not None:
+        cache = ShardCache(config.cache_folder, int(config.cache_gib * 2**30))
+    return ShardSet(indexes, sources, cache)
 
 
 def _source(name: Any, given: Any) -> SourceConfig:

@@ -201,6 +201,9 @@ class Ranges(Protocol):
     def size(self) -> int:
         """Bytes of the file as it was opened."""
 
+    def expect(self, offset: int, size: int) -> None:
+        """These bytes are read soon: a disk may begin with them. Nothing waits, nothing is raised."""
+
 
 def open_ranges(file: File) -> Ranges:
     """Open a file for reading by parts. It closes itself when the last thread that reads from it lets go."""
@@ -223,6 +226,11 @@ class _LocalRanges:
 
     def size(self) -> int:
         return os.fstat(self._fd).st_size
+
+    def expect(self, offset: int, size: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
@@ -251,6 +259,9 @@ class _RemoteRanges:
 
     def size(self) -> int:
         return self._size
+
+    def expect(self, offset: int, size: int) -> None:
+        """A server is not asked before it has to answer: cache.py is for that."""
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

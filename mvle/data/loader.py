@@ -110,6 +110,7 @@ class Loader:
         self._readers, self._writers = Workers(0, "read"), Workers(0, "text")  # nothing is ahead before the iteration
         self._threads: list[threading.Thread] = []
         self._stage = "not started"
+        self._coming: tuple[int, list[Draw]] = (-1, [])  # a step that is not read yet
 
     @property
     def bad(self) -> dict[str, str]:
@@ -245,8 +246,19 @@ class Loader:
         self._decoder.submit(read.images, read.size)
         return self._finish(read)
 
+    def _draws(self, step: int) -> list[Draw]:
+        """The draws of a step; a disk may begin with those of the next, which are kept until then."""
+        known, draws = self._coming
+        if known != step:
+            draws = self.plan.draws(self.plan.positions(step, self.rank, self.ranks))
+        if self.config.read_ahead and (self.steps is None or step + 1 < self.steps):
+            coming = self.plan.draws(self.plan.positions(step + 1, self.rank, self.ranks))
+            self.shards.expect((draw.row for draw in coming), self.config.read_ahead * 2**20)
+            self._coming = step + 1, coming
+        return draws
+
     def _read(self, number: int) -> _Step:
-        draws = self.plan.draws(self.plan.positions(number, self.rank, self.ranks))
+        draws = self._draws(number)
         (text,) = self._writers.start(self._tokens, [list(draws)])
         # A few pairs a task, as in decoders.py.
         piece = max(1, min(16, len(draws) // (2 * self.config.threads)))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .errors import DataError
 from .files import File, Ranges, open_ranges, patiently
@@ -26,11 +26,18 @@ from .index import shard_changed
 class ShardReader:
     """Reads (shard, offset, size) from a list of files; at most `max_open` stay open, the least used goes first.
 
-    sizes: bytes that each file must have. Without them a file may have any size, and a read may come short.
+    sizes: bytes that each file must have. Without them a file may have any size, and a read may come short. opener:
+    what opens one; ShardCache.open keeps what lies behind URLs.
     """
 
-    def __init__(self, paths: Sequence[File], sizes: Sequence[int] | None = None, max_open: int = 128) -> None:
-        self._paths, self._sizes = list(paths), sizes
+    def __init__(
+        self,
+        paths: Sequence[File],
+        sizes: Sequence[int] | None = None,
+        max_open: int = 128,
+        opener: Callable[[File], Ranges] = open_ranges,
+    ) -> None:
+        self._paths, self._sizes, self._opener = list(paths), sizes, opener
         self._max_open = max_open
         self._open: OrderedDict[int, Ranges] = OrderedDict()
         self._lock = threading.Lock()
@@ -47,6 +54,13 @@ class ShardReader:
             return self._read_patiently(shard, offset, size)
         finally:
             del self._reading[thread]
+
+    def expect(self, shard: int, offset: int, size: int) -> None:
+        """These bytes are read soon. Only a file that is open is told: opening may hang, and who reads says so."""
+        with self._lock:
+            ranges = self._open.get(shard)
+        if ranges is not None:
+            ranges.expect(offset, size)
 
     def reading(self) -> list[tuple[File, float]]:
         """What each thread reads at the moment: (file, for how many seconds), the longest first."""
@@ -88,7 +102,7 @@ class ShardReader:
             if ranges is not None:
                 self._open.move_to_end(shard)
                 return ranges
-        opened = open_ranges(self._paths[shard])  # without the lock: an open that hangs holds up nobody else
+        opened = self._opener(self._paths[shard])  # without the lock: an open that hangs holds up nobody else
         self._check_size(shard, opened)
         with self._lock:
             ranges = self._open.setdefault(shard, opened)

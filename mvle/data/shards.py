@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
 
+from .cache import ShardCache
 from .captions import bytes_id
 from .errors import DataError
-from .files import File, status
+from .files import File, open_ranges, status
 from .index import ShardIndex, open_indexes, shard_changed
 from .patterns import expand_pattern, refuse_lost_shards
 from .reader import ShardReader
@@ -26,8 +27,11 @@ SHAPES = "shapes:"
 class ShardSet:
     """Rows of several shards. Lookups are O(log shards) and read the indexes in memory; images are read by parts."""
 
-    def __init__(self, indexes: Sequence[ShardIndex], sources: Sequence[Source] = ()) -> None:
-        """sources: what the shards belong to, each consecutive ones, in order (none: one source without a name)."""
+    def __init__(
+        self, indexes: Sequence[ShardIndex], sources: Sequence[Source] = (), cache: ShardCache | None = None
+    ) -> None:
+        """sources: what the shards belong to, each consecutive ones, in order (none: one source without a name).
+        cache: where shards behind URLs are kept."""
         if not indexes:
             raise DataError("a set of shards needs at least one shard; got none.")
         self.indexes = list(indexes)
@@ -35,7 +39,9 @@ class ShardSet:
         self.shard_sizes = tuple(index.images for index in self.indexes)  # images of each shard
         self._starts = [0, *accumulate(self.shard_sizes)]
         self._reader = ShardReader(
-            [index.path for index in self.indexes], [index.header["size"] for index in self.indexes]
+            [index.path for index in self.indexes],
+            [index.header["size"] for index in self.indexes],
+            opener=open_ranges if cache is None else cache.open,
         )
         self.images = self._starts[-1]
         self.pairs = sum(index.pairs for index in self.indexes)
@@ -155,6 +161,16 @@ class ShardSet:
         shard, i = self.locate(row)
         columns = self.indexes[shard].columns
         return self._reader.read(shard, int(columns["image.offset"][i]), int(columns["image.size"][i]))
+
+    def expect(self, rows: Iterable[int], limit: int) -> None:
+        """The images of these rows are read soon: a disk may begin with up to `limit` bytes of them."""
+        for row in rows:
+            shard, i = self.locate(row)
+            columns = self.indexes[shard].columns
+            size = int(columns["image.size"][i])
+            if (limit := limit - size) < 0:
+                return
+            self._reader.expect(shard, int(columns["image.offset"][i]), size)
 
     def image_crc32(self, row: int) -> int:
         """Checksum of the image's bytes when it was indexed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from mvle.data import loader as loader_module
 from mvle.data.channel import Channel, ClosedError
 from mvle.data.config import DataConfig
 from mvle.data.loader import Loader
+from mvle.data.plan import SamplingPlan
 from mvle.data.shards import ShardSet
 from mvle.data.tokenizer import Tokenizer
 from mvle.data.workers import Workers
@@ -242,3 +244,26 @@ def test_no_threads_means_that_the_caller_does_it_at_once() -> None:
     with pytest.raises(ZeroDivisionError):
         futures[1].result()
     workers.stop()
+
+
+def test_a_disk_is_told_of_the_next_step_and_of_no_more_bytes_than_allowed(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = make_shards(tmp_path, [8, 8])
+    told: list[tuple[int, int, int]] = []
+    advise = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *what: (told.append(what), advise(fd, *what)))
+    plan = SamplingPlan(shards, seed=0, batch_total=4, slots=2)
+
+    def steps(read_ahead: int) -> int:
+        told.clear()
+        with Loader(DataConfig(read_ahead=read_ahead), plan, shards, tokenizer, 16, 12, steps=3) as loader:
+            assert len(list(loader)) == 3
+        return len(told)
+
+    assert steps(0) == 0
+    assert 2 <= steps(1) <= 8  # two steps of four, but for what lies in shards that are not open yet
+    assert all(how == os.POSIX_FADV_WILLNEED and size < 10_000 for _, size, how in told)
+    columns = [index.columns for index in shards.indexes]
+    ranges = {(int(o), int(n)) for c in columns for o, n in zip(c["image.offset"], c["image.size"], strict=True)}
+    assert {(offset, size) for offset, size, _ in told} <= ranges
