@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from mvle_kernels.random import Stream, words
 
 from mvle.data.errors import DataError
-from mvle.data.plan import crop_windows, evaluation_pairs
+from mvle.data.plan import SamplingPlan, crop_windows, evaluation_pairs
 
+from .data_files import make_shards
 from .fake_rows import FakeRows, digest, plan_of
 
 
@@ -187,3 +192,25 @@ PINNED: list[tuple[dict[str, object], str, str, str]] = [
         "690ce12c240ddfeabb3244867ebc310a", "34d1724cf02fae37", "4dd8d911bd02ab09",
     ),
 ]  # fmt: skip
+
+
+def test_reading_by_the_plan_holds_no_more_memory_step_by_step(tmp_path: Path) -> None:
+    """The bytes of images and draws of a step go with it. What a step may keep is counted over hundreds of them."""
+    shards = make_shards(tmp_path, [6, 7, 5])
+    plan = SamplingPlan(shards, seed=0, batch_total=8, slots=4)
+
+    def read(steps: range) -> int:
+        for step in steps:
+            draws = plan.draws(plan.positions(step, 0, 1))
+            shards.expect((draw.row for draw in draws), 2**20)
+            for draw in draws:
+                assert zlib.crc32(shards.image_bytes(draw.row)) == shards.image_crc32(draw.row)
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = read(range(100))  # 44 epochs: every shard was opened, every cache is as full as it becomes
+        after = read(range(100, 500))
+    finally:
+        tracemalloc.stop()
+    assert after - before < 400 * 50, f"{(after - before) / 400:.0f} bytes a step stay"
