@@ -28,9 +28,10 @@ PROGRAMS = 1056  # of a backward: eight for each of the 132 multiprocessors of a
 
 
 def rule(width: int, values: int) -> dict[str, int]:
-    """About so many `values` in the registers of a program at once, at most 24 of them a thread in a forward. A backward
-    has three times as many arrays, and takes half. (Of 1024, with four warps, Triton 3.6 would put some into memory.)
-    """
+    """About so many `values` in the registers of a program at once, at most 24 of them a thread in a forward.
+
+    A backward has three times as many arrays, and takes half. (Of 1024, with four warps, Triton 3.6 would put some into
+    memory.)"""
     block = power_of_2(width, 32)
     rows = max(1, values // block)
     return {"ROWS": rows, "BLOCK_D": block, "num_warps": 4 if rows * width < values else 8, "num_stages": 1}
