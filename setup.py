@@ -73,10 +73,12 @@ def cuda_extension() -> Extension | None:
     try:
         native.cuda_home()
         native.torch_include()
-        native.architectures()
-    except native.Missing as reason:
+        old = native.chosen()[1]
+    except (native.Missing, ValueError) as reason:  # ValueError: a list that was set for other packages
         left_out[CUDA] = str(reason)
         return None
+    if old:
+        print(f"mvle: kernels need compute capability 8.0 or newer; they are not built for {', '.join(old)}.")
     return Extension(CUDA, [], optional=not STRICT)
 
 

@@ -5,7 +5,8 @@
     emulated    the same files by the host's compiler into a library that runs the kernels on the CPU, for tests
 
 Sources are compiled side by side (MAX_JOBS), and again only where they, or a header that they include, changed.
-TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX") chooses the architectures, CUDA_HOME the toolkit, CXX the host's compiler.
+TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX", or torch's names: "Ampere;Hopper") chooses the architectures, CUDA_HOME the
+toolkit, CXX the host's compiler.
 Needs Python alone; torch is found, not imported.
 """
 
@@ -27,6 +28,15 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TARGET = "0x020a000000000000"  # 2.10, the oldest torch whose stable ABI has what is used
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+OLDEST = (8, 0)  # compute capability that kernels need
+# torch.utils.cpp_extension's names, since the variable is often set once for all that is built. At the end those of
+# torch's CMake: our own three run on every GPU from 8.0 on, by code of their generation or by PTX
+NAMED = {
+    "Kepler+Tesla": "3.7", "Kepler": "3.5+PTX", "Maxwell+Tegra": "5.3", "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX", "Volta+Tegra": "7.2", "Volta": "7.0+PTX", "Turing": "7.5+PTX", "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX", "Rubin": "10.7+PTX", "Common": ARCHITECTURES, "All": ARCHITECTURES,
+}  # fmt: skip
 LIBRARY = "libmvle_cuda.so"
 NOTES = re.compile(r"ptxas info|\s+\d+ bytes stack frame")
 
@@ -82,19 +92,37 @@ def jobs() -> int:
     return max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
 
 
+def chosen(text: str | None = None) -> tuple[list[str], list[str]]:
+    """("8.0", "9.0a", "10.0+PTX") of a list like TORCH_CUDA_ARCH_LIST, separated by semicolons or spaces, with numbers
+    in the place of torch's names; and those that are too old for the kernels. Raises ValueError for anything else, and
+    where nothing is left."""
+    listed = (text or os.environ.get("TORCH_CUDA_ARCH_LIST") or "").strip() or ARCHITECTURES
+    named = [NAMED.get(name, name) for name in re.split(r"[;\s]+", listed)]
+    taken, old = list[str](), list[str]()
+    for name in dict.fromkeys(name for part in named for name in part.split(";") if name):
+        number = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
+        if number is None:
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST must be like {ARCHITECTURES!r} or have names like 'Ampere;Hopper'; "
+                f"got {name!r} in it. Name what is to be built for, or unset it for {ARCHITECTURES!r}"
+            )
+        (taken if (int(number[1]), int(number[2])) >= OLDEST else old).append(name)
+    if not taken:
+        raise ValueError(
+            f"kernels need compute capability 8.0 or newer; TORCH_CUDA_ARCH_LIST={listed!r} has none. "
+            f"Add one to it, or unset it for {ARCHITECTURES!r}"
+        )
+    return taken, old
+
+
 def architectures(text: str | None = None) -> list[str]:
-    """nvcc's flags for "8.0;9.0a;10.0+PTX", separated by semicolons or spaces. Raises ValueError."""
+    """nvcc's flags for what `chosen` takes of a list. Raises ValueError."""
     flags: list[str] = []
-    for name in re.split(r"[;\s]+", (text or os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).strip()):
-        parts = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
-        if parts is None:
-            raise ValueError(f"TORCH_CUDA_ARCH_LIST must be like {ARCHITECTURES!r}; got {name!r} in it")
-        number = parts[1] + parts[2]
-        if int(re.sub(r"\D", "", number)) < 80:
-            raise ValueError(f"kernels need compute capability 8.0 or newer; TORCH_CUDA_ARCH_LIST has {name!r}")
-        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-        if parts[3]:
-            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    for name in chosen(text)[0]:
+        number = name.removesuffix("+PTX").replace(".", "")
+        codes = ["sm", "compute"] if name.endswith("+PTX") else ["sm"]
+        for code in (f"arch=compute_{number},code={kind}_{number}" for kind in codes):
+            flags += ["-gencode", code] if code not in flags else []  # "8.0;8.0+PTX" is one code and its PTX
     return flags
 
 
@@ -225,7 +253,9 @@ def build_cuda(folder: Path, library: Path, strict: bool = False) -> str:
         link([flags[0], "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", *architectures()], objects, library)
     codes = [flag.rpartition("code=")[2] for flag in architectures() if "code=" in flag]
     release = re.search(r"release ([\d.]+)", run([flags[0], "--version"]))
-    return f"nvcc {release[1] if release else ''} for {', '.join(codes)}"
+    old = chosen()[1]
+    without = f"; too old for kernels, and left out of TORCH_CUDA_ARCH_LIST: {', '.join(old)}" if old else ""
+    return f"nvcc {release[1] if release else ''} for {', '.join(codes)}{without}"
 
 
 def build_emulated(folder: Path, strict: bool = False, sanitize: bool = False) -> Path:

@@ -103,9 +103,27 @@ def test_architectures_are_those_of_the_list(build: ModuleType) -> None:
         "arch=compute_100,code=sm_100",
         "arch=compute_100,code=compute_100",
     ]
-    for text, words in (("7.5", "8.0 or newer"), ("Hopper", "must be like"), ("9.0;x", "got 'x'")):
+    assert build.architectures("8.0;8.0+PTX;") == build.architectures("8.0+PTX")
+    for text, words in (("7.5", "8.0 or newer"), ("Volta;7.5", "has none"), ("9.0;x", "got 'x'"), ("all-major", "got")):
         with pytest.raises(ValueError, match=words):
             build.architectures(text)
+
+
+def test_architectures_by_name_are_those_that_torch_knows(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils import cpp_extension
+
+    for text in ("Ampere;Hopper", "Ada 8.0", "Ampere+Tegra;9.0a"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+        flags = build.architectures()
+        assert sorted(f"{a}={b}" for a, b in zip(flags[::2], flags[1::2])) == cpp_extension._get_cuda_arch_flags()
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    for text in ("Common", "All", " ", ""):
+        assert build.architectures(text) == build.architectures(build.ARCHITECTURES)
+
+
+def test_architectures_that_are_too_old_are_told_apart(build: ModuleType) -> None:
+    taken, old = build.chosen("Turing;7.5 8.0 8.6 9.0 10.0 12.0+PTX")
+    assert (taken, old) == (["8.0", "8.6", "9.0", "10.0", "12.0+PTX"], ["7.5+PTX", "7.5"])
 
 
 def test_what_is_missing_is_told_with_what_to_do(
@@ -142,6 +160,7 @@ def test_as_many_compilers_run_at_once_as_are_allowed(build: ModuleType, monkeyp
 
 def setup(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """setup.py build, in a copy of the sources."""
+    shutil.rmtree(source / "made", ignore_errors=True)
     clean = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH", "CXX", "CC")}
     command = [sys.executable, "setup.py", "--quiet", "build", "--build-base", "made"]
     return subprocess.run(command, cwd=source, env={**clean, **environment}, capture_output=True, text=True)
@@ -187,3 +206,27 @@ def test_a_compiler_that_fails_is_told_and_in_the_way_only_where_native_parts_ar
 
     strict = setup(source, MVLE_STRICT="1", **environment)
     assert strict.returncode != 0 and "MVLE_STRICT=1 demands mvle_kernels.libmvle_cuda" in strict.stderr + strict.stdout
+
+
+def test_no_list_of_architectures_is_in_the_way_of_an_installation(source: Path, tmp_path: Path) -> None:
+    home = tmp_path / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    # a compiler that notes its command and leaves what it was to make
+    nvcc = '#!/bin/sh\necho "$@" >> "$0.log"\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done\nexit 0\n'
+    (home / "bin" / "nvcc").write_text(nvcc)
+    (home / "bin" / "nvcc").chmod(0o755)
+    environment = {"CUDA_HOME": str(home), "CXX": "no-compiler", "MVLE_STRICT": "0"}
+    name = "mvle_kernels.libmvle_cuda"
+    for text, codes in (("7.5 8.0 9.0+PTX", "sm_80, sm_90, compute_90"), ("Ampere", "sm_80, sm_86, compute_86")):
+        done = setup(source, TORCH_CUDA_ARCH_LIST=text, **environment)
+        assert done.returncode == 0, done.stderr
+        assert f"for {codes}" in noted(source)["built"][name]
+        assert ("not built for 7.5." in done.stdout) == ("TORCH_CUDA_ARCH_LIST: 7.5" in noted(source)["built"][name])
+        assert ("not built for" in done.stdout) == ("7.5" in text)
+    assert "75" not in (home / "bin" / "nvcc.log").read_text()
+    for text, words in (("all-major", "got 'all-major' in it"), ("7.5", "'7.5' has none")):
+        done = setup(source, TORCH_CUDA_ARCH_LIST=text, **environment)
+        assert done.returncode == 0, done.stderr
+        assert f"{name} is left out" in done.stdout and words in noted(source)["left out"][name]
+    strict = setup(source, TORCH_CUDA_ARCH_LIST="all-major", CUDA_HOME=str(home), MVLE_STRICT="1")
+    assert strict.returncode != 0 and f"MVLE_STRICT=1 demands {name}" in strict.stderr
