@@ -251,7 +251,7 @@ bool checksum_holds(const uint8_t* header) {
   for (int i = 0; i < BLOCK; i++)
     if (i < 148 || i >= 156) sum += header[i], signed_sum += int8_t(header[i]);
   const int64_t noted = number_of(header + 148, 8);
-  return noted == sum || noted == signed_sum;
+  return noted != NO_NUMBER && (noted == sum || noted == signed_sum);
 }
 
 std::string text_of(const uint8_t* field, size_t size) {

@@ -121,6 +121,10 @@ def test_members_are_those_that_tarfile_finds(form: int, native: bool, tmp_path:
     assert [row[:3] for row in found] == expected and len(expected) == len(names)
 
 
+# A header whose bytes, taken as signed, sum to -1: as what stands for "no number" must not
+SUM_BELOW_ZERO = bytearray(header())
+SUM_BELOW_ZERO[265:273] = b"\x80" * 7 + b"\xde"
+SUM_BELOW_ZERO[148:156] = b"xxxxxxxx"
 SPARSE_PAX = b"22 GNU.sparse.major=1\n"
 WRONG = {
     "empty": (b"", "it is empty"),
@@ -128,6 +132,7 @@ WRONG = {
     "gzip": (b"\x1f\x8b" + bytes(600), "it is gzip"),
     "a wrong checksum": (header(checksum=5), "it begins with"),
     "a wrong checksum further on": (header() + header(checksum=5), "the header at byte 512 is damaged"),
+    "a checksum that is no number": (bytes(SUM_BELOW_ZERO), "it begins with"),
     "a size that is no number": (header(size=b"0000000x000\0"), "it begins with"),
     "a size past the end": (header(size=octal(10**6)), "is cut off: a member at byte 0 needs 1000000 bytes"),
     "a size of 63 bits": (
