@@ -23,7 +23,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int FORM = 1;  // of the result; headers.py takes no other
+constexpr int FORM = 2;  // of the result and the rules; headers.py takes no other
 constexpr int64_t BLOCK = 512;
 constexpr int64_t WINDOW = 4096;      // bytes of one read: a header, and what begins behind it
 constexpr int64_t RECORD = 1 << 20;   // bytes of the longest name or pax record that is read
@@ -282,7 +282,7 @@ void read_pax(const std::string& records, Attributes& found) {
     const std::string record = records.substr(digits + 1, at + length - digits - 2);
     const size_t equals = record.find('=');
     const std::string key = record.substr(0, equals), value = equals == record.npos ? "" : record.substr(equals + 1);
-    if (key == "path") found.named = true, found.name = value;
+    if (key == "path") found.named = true, found.name = value.substr(0, value.find_last_not_of('/') + 1);
     if (key.compare(0, 11, "GNU.sparse.") == 0) found.sparse = true;
     if (key == "size") {
       found.sized = true;
@@ -323,25 +323,31 @@ void scan_one(const std::string& path, bool images, Found& found) {
     if (std::all_of(header, header + BLOCK, [](uint8_t byte) { return byte == 0; })) return;  // the mark of the end
     int64_t length = number_of(header + 124, 12);
     if (length == NO_NUMBER || !checksum_holds(header)) return fail(found, "damaged", at);
-    const uint8_t kind = header[156];
-    const bool regular = kind == '0' || kind == 0;
+    uint8_t kind = header[156];
+    const std::string field = text_of(header, 100);
+    if (kind == 0 && !next.named && !field.empty() && field.back() == '/') kind = '5';  // a folder of old tars
+    const bool regular = kind == '0' || kind == 0 || kind == '7';
+    const bool record = kind == 'L' || kind == 'K' || kind == 'x' || kind == 'X' || kind == 'g';  // of members behind it
     const std::string own = regular ? name_of(header) : "";
-    if (regular && next.sized) length = next.size;
+    if (!record && next.sized) length = next.size;
+    if (kind >= '1' && kind <= '6') length = 0;  // links, devices, folders: a size is not of bytes behind the header
     const int64_t start = at + BLOCK;
     if (length < 0) return fail(found, "damaged", at);
     if (length > size - start) return fail(found, "cut", at, length);
-    if (kind == 'L' || kind == 'x') {
+    if (record && kind != 'K') {
       if (length > RECORD) return fail(found, "long", at, length);
-      std::string record(size_t(length), 0);
-      if (file.read(start, reinterpret_cast<uint8_t*>(record.data()), length) < length)
+      std::string text(size_t(length), 0);
+      if (file.read(start, reinterpret_cast<uint8_t*>(text.data()), length) < length)
         return fail(found, "unreadable", start);
       if (kind == 'L') {
         next.named = true;
-        next.name = record.substr(0, record.find('\0'));
+        next.name = text.substr(0, text.find('\0'));
       } else {
-        read_pax(record, next);
+        Attributes of_all;
+        read_pax(text, kind == 'g' ? of_all : next);
+        if (of_all.named || of_all.sized || of_all.sparse) return fail(found, "global", at);
       }
-    } else if (kind != 'g' && kind != 'K') {
+    } else if (!record) {
       if (kind == 'S' || next.sparse) return fail(found, "sparse", at);
       if (regular) add(found, next.named ? next.name : own, start, length, images ? image_of({file, start, length}) : Image{});
       next = {};

@@ -3,10 +3,12 @@
 `scan` reads headers alone, many shards side by side: by csrc/host where it was compiled, else by its twin in
 headers_python.py, which gives the same for every file. Rules of both:
 
-    members    regular files, with ustar, GNU and pax names; a pax size counts for the member behind it; folders, links
-               and devices are passed over. An empty block, or the end of the file, ends a shard
+    members    regular files, with ustar, GNU and pax names (also those of Solaris); a pax size counts for the member
+               behind it; folders, links and devices are passed over, and nothing lies behind them, whatever size they
+               note. An empty block, or the end of the file, ends a shard
     refused    a header whose checksum or size is wrong, a member that the file does not hold whole, sparse files, names
-               and pax records of more than 1 MiB: each with its place
+               and pax records of more than 1 MiB, a name or size for all members at once (global pax): each with its
+               place
     images     by their first bytes, whatever their name: jpeg, png, webp, gif, bmp. Width and height as stored (0: not
                found), and the EXIF orientation of a JPEG, read from as many bytes as its segments ask for
 """
@@ -32,7 +34,7 @@ COMPRESSED = (
     (b"\x1f\x8b", "gzip", "gunzip"), (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"), (b"BZh", "bzip2", "bunzip2"),
     (b"\xfd7zXZ", "xz", "unxz"), (b"PK\x03\x04", "zip", "unzip and tar"),
 )  # fmt: skip
-FORM = 1  # of what csrc/host gives
+FORM = 2  # of what csrc/host gives, and by which rules
 _COLUMNS: tuple[Any, ...] = (*(np.int64,) * 3, *(np.uint8,) * 2, *(np.int32,) * 2)
 
 
@@ -116,6 +118,11 @@ def _complaint(path: str, name: str, rule: str, at: int, number: int) -> str:
     if rule == "sparse":
         return (
             f"{name} holds a sparse file at byte {at}, whose bytes do not lie side by side. Pack it without --sparse."
+        )
+    if rule == "global":
+        return (
+            f"{name} sets a name or a size for all of its members at once, in a global pax header at byte {at}: "
+            f"members need their own. Pack it again without such headers."
         )
     if rule == "long":
         return f"{name} holds a name or attributes of {number} bytes at byte {at}, which is no name. {again}"

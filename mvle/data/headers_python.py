@@ -210,7 +210,7 @@ def _pax(records: bytes, found: dict[str, Any]) -> None:
             return
         key, _, value = records[digits + 1 : at + length - 1].partition(b"=")
         if key == b"path":
-            found["name"] = value
+            found["name"] = value.rstrip(b"/")
         elif key.startswith(b"GNU.sparse."):
             found["sparse"] = 1
         elif key == b"size":
@@ -255,27 +255,35 @@ def _members(file: _File, images: bool) -> Iterator[tuple[bytes, int, int, _Imag
         if not header.strip(b"\0"):  # the mark of the end
             return
         length, kind = _number(header[124:136]), header[156:157]
-        regular = kind in (b"0", b"\0")
         if length is None or not _checksum_holds(header):
             raise _Wrong("damaged", at, 0)
-        if regular and "size" in found:
+        if kind == b"\0" and "name" not in found and header[:100].split(b"\0", 1)[0].endswith(b"/"):
+            kind = b"5"  # a folder of old tars
+        regular = kind in (b"0", b"\0", b"7")
+        record = kind in (b"L", b"K", b"x", b"X", b"g")  # of members behind it
+        if not record and "size" in found:
             length = found["size"]
+        if b"1" <= kind <= b"6":  # links, devices, folders: a size is not of bytes behind the header
+            length = 0
         if length is None:
             raise _Wrong("damaged", at, 0)
         start = at + BLOCK
         if length > size - start:
             raise _Wrong("cut", at, length)
-        if kind in (b"L", b"x"):
+        if record and kind != b"K":
             if length > RECORD:
                 raise _Wrong("long", at, length)
-            record = file.read(start, length)
-            if len(record) < length:
+            text = file.read(start, length)
+            if len(text) < length:
                 raise _Wrong("unreadable", start, 0)
             if kind == b"L":
-                found["name"] = record.split(b"\0", 1)[0]
+                found["name"] = text.split(b"\0", 1)[0]
             else:
-                _pax(record, found)
-        elif kind not in (b"g", b"K"):
+                of_all = dict[str, Any]()
+                _pax(text, of_all if kind == b"g" else found)
+                if of_all:
+                    raise _Wrong("global", at, 0)
+        elif not record:
             if kind == b"S" or "sparse" in found:
                 raise _Wrong("sparse", at, 0)
             if regular:

@@ -125,6 +125,18 @@ def test_members_are_those_that_tarfile_finds(form: int, native: bool, tmp_path:
 SUM_BELOW_ZERO = bytearray(header())
 SUM_BELOW_ZERO[265:273] = b"\x80" * 7 + b"\xde"
 SUM_BELOW_ZERO[148:156] = b"xxxxxxxx"
+
+
+def pax(**fields: object) -> bytes:
+    """Records of a pax header."""
+    records = b""
+    for key, value in fields.items():
+        rest = f" {key}={value}\n".encode()
+        length = next(n for n in range(len(rest), len(rest) + 9) if n == len(rest) + len(str(n)))
+        records += str(length).encode() + rest
+    return records
+
+
 SPARSE_PAX = b"22 GNU.sparse.major=1\n"
 WRONG = {
     "empty": (b"", "it is empty"),
@@ -161,6 +173,16 @@ WRONG = {
         header(kind=b"x", size=octal(11)) + padded(b"11 size=-1\n") + header(),
         "at byte 1024 is damaged",
     ),
+    "a name for all": (
+        header() + header(kind=b"g", size=octal(10)) + padded(b"10 path=a\n"),
+        "for all .* at byte 512:",
+    ),
+    "a size for all": (header(kind=b"g", size=octal(10)) + padded(b"10 size=5\n"), "for all .* at byte 0:"),
+    "sparse files for all": (header(kind=b"g", size=octal(22)) + padded(SPARSE_PAX), "for all .* at byte 0:"),
+    "attributes for all of two MiB": (
+        header(kind=b"g", size=octal(2 << 20)) + bytes(2 << 20),
+        "attributes of 2097152 bytes",
+    ),
     "a huge pax size": (
         header(kind=b"x", size=octal(29)) + padded(b"29 size=99999999999999999999\n") + header(),
         "at byte 1024 is damaged",
@@ -196,14 +218,69 @@ def test_one_bad_shard_among_many_spoils_no_other(native: bool, tmp_path: Path) 
             assert isinstance(shard, Headers) and shard.name(0) == f"{i}.txt" and len(shard) == 1
 
 
+NOTHING_BEHIND = [b"1", b"2", b"3", b"4", b"5", b"6"]
+
+
+@st.composite
+def kinds_of_members(draw: st.DrawFn) -> bytes:
+    """Members of every kind, each of them whole, in any order, with names and sizes from where they may be."""
+    parts = []
+    for i in range(draw(st.integers(1, 6))):
+        size, kind = draw(st.integers(0, 1500)), draw(st.sampled_from([*NOTHING_BEHIND, b"0", b"\0", b"7", b"8", b"V"]))
+        name, noted = draw(st.sampled_from([b"%d.txt", b"d%d/", b"e/%d"])) % i, size
+        before = draw(st.sampled_from(["", "", "L", "K", "x", "X", "g"]))
+        if before in ("L", "K"):
+            long = b"l%d/" % i + b"n" * draw(st.integers(1, 700)) + b"\0"
+            parts += [header(b"././@LongLink", octal(len(long)), before.encode()), padded(long)]
+        elif before:
+            keys = draw(
+                st.sets(st.sampled_from(["comment"] if before == "g" else ["path", "size", "comment", "mtime"]))
+            )
+            values = {"path": f"p{i}/ö{'/' * draw(st.integers(0, 2))}", "size": size, "comment": "x", "mtime": 1.5}
+            records = pax(**{key: values[key] for key in sorted(keys)})
+            parts += [header(b"pax", octal(len(records)), before.encode()), padded(records)]
+            noted = draw(st.integers(0, 1500)) if "size" in keys else size
+        if before and kind == b"\0":
+            name = name.rstrip(b"/")  # versions of tarfile differ in what this is
+        parts.append(header(name, octal(noted), kind))
+        if kind not in NOTHING_BEHIND and not (kind == b"\0" and name.endswith(b"/")):
+            parts.append(padded(bytes([i + 1]) * size))
+    return b"".join(parts) + ENDING
+
+
+@pytest.mark.parametrize("native", BOTH)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=kinds_of_members())
+def test_members_among_those_of_every_kind_are_those_that_tarfile_finds(
+    content: bytes, native: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "kinds.tar"
+    path.write_bytes(content)
+    with tarfile.open(path, "r:") as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
+    found = rows(scan([path], compiled=native)[0])
+    assert not isinstance(found, str), found
+    assert [row[:3] for row in found] == expected
+
+
+@pytest.mark.parametrize("native", BOTH)
+def test_a_long_name_that_is_cut_behind_a_slash_is_of_no_folder(native: bool, tmp_path: Path) -> None:
+    name = b"d" * 99 + b"/file.txt"
+    long = header(b"././@LongLink", octal(len(name) + 1), b"L") + padded(name + b"\0")
+    (tmp_path / "a.tar").write_bytes(long + header(name[:100], octal(3), b"\0") + padded(b"abc") + ENDING)
+    assert [row[:3] for row in rows(scan([tmp_path / "a.tar"], compiled=native)[0])] == [(name.decode(), 1536, 3)]
+
+
 # ---- any file -------------------------------------------------------------------------------------------------------
 
-KINDS = [b"0", b"\0", b"5", b"2", b"L", b"K", b"x", b"g", b"S", b"7", b"\xff"]
+KINDS = [b"0", b"\0", b"5", b"1", b"2", b"3", b"6", b"L", b"K", b"x", b"X", b"g", b"S", b"7", b"8", b"\xff"]
 PAX = [
     b"13 path=a/b.c\n",
     b"12 size=513\n",
     b"22 GNU.sparse.major=1\n",
     b"9 path=\xff\n",
+    b"12 path=b//\n",
+    b"11 comment=\n",
     b"99 path=short\n",
     b"0 a=b\n",
 ]
@@ -214,7 +291,9 @@ SIZES = st.one_of(
     ),
     st.binary(min_size=12, max_size=12),
 )
-NAMES = st.one_of(st.sampled_from([b"a.jpg", b"x/y.z.png", b"\xff\xfe", b"", b"n" * 100]), st.binary(max_size=100))
+NAMES = st.one_of(
+    st.sampled_from([b"a.jpg", b"x/y.z.png", b"\xff\xfe", b"", b"n" * 100, b"a/"]), st.binary(max_size=100)
+)
 CONTENTS = st.one_of(
     st.sampled_from([*IMAGES.values(), *PAX, b"", b"".join(PAX)]),
     st.binary(max_size=700),
