@@ -15,7 +15,10 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <new>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -366,13 +369,27 @@ py::list scan(const std::vector<std::string>& paths, int threads, bool images) {
   {
     py::gil_scoped_release others_may_run;
     std::atomic<size_t> next{0};
-    const auto work = [&] {
-      for (size_t i; (i = next++) < paths.size();) scan_one(paths[i], images, found[i]);
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure;  // the first: what leaves a thread would end the process
+    const auto work = [&]() noexcept {
+      try {
+        for (size_t i; !failed && (i = next++) < paths.size();) scan_one(paths[i], images, found[i]);
+      } catch (...) {
+        if (!failed.exchange(true)) failure = std::current_exception();
+      }
     };
     std::vector<std::thread> pool;
-    for (int i = 1; i < std::min<int>(threads, int(paths.size())); i++) pool.emplace_back(work);
+    const size_t others = size_t(std::max<int64_t>(std::min<int64_t>(threads, int64_t(paths.size())) - 1, 0));
+    pool.reserve(others);  // so that nothing but a thread can fail below
+    try {
+      while (pool.size() < others) pool.emplace_back(work);
+    } catch (const std::system_error&) {
+      // as many as the machine has to give: those that run, and this one, take all shards
+    } catch (const std::bad_alloc&) {
+    }
     work();
     for (auto& thread : pool) thread.join();
+    if (failure) std::rethrow_exception(failure);  // bad_alloc is Python's MemoryError
   }
   py::list shards;
   for (const Found& f : found) {

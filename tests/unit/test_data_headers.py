@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -360,6 +361,39 @@ def test_a_size_that_is_found_is_that_of_pillow(content: bytes, tmp_path: Path) 
         return  # what Pillow does not open has no size to compare
     if form in ("JPEG", "PNG", "BMP") and found.widths[0]:
         assert (found.widths[0], found.heights[0]) == size
+
+
+# The compiled pass alone, where memory is left for no thread's stack (8 MiB each), or for one or two
+LITTLE_MEMORY = """
+import importlib.util, resource, sys
+spec = importlib.util.spec_from_file_location("mvle._host", sys.argv[1])
+host = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(host)
+small, large, more, threads = sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+expected = host.scan([small.encode()] * 9, 1, True)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more,) * 2)
+assert host.scan([small.encode()] * 9, threads, True) == expected
+try:
+    host.scan([large.encode()] * 9, threads, True)
+except MemoryError:
+    print("MemoryError")
+"""
+
+
+@compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds a process's memory as Linux does")
+@pytest.mark.parametrize(("more", "threads"), [(1 << 20, 8), (20 << 20, 8), (20 << 20, 2), (1 << 20, 1)])
+def test_too_little_memory_for_threads_or_names_ends_no_process(more: int, threads: int, tmp_path: Path) -> None:
+    (tmp_path / "small.tar").write_bytes(header(b"a", octal(1)) + padded(b"x") + ENDING)
+    name = b"n" * (1 << 20)
+    named = header(b"././@LongLink", octal(len(name)), b"L") + name + header()
+    (tmp_path / "large.tar").write_bytes(named * 24 + ENDING)  # 24 MiB of names
+    module = headers.host()[0]
+    assert module is not None
+    command = [module.__file__, tmp_path / "small.tar", tmp_path / "large.tar", str(more), str(threads)]
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, *command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "MemoryError\n"), done.stderr
 
 
 def test_an_installation_without_the_extension_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
