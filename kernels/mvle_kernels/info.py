@@ -3,19 +3,20 @@
     python -m mvle_kernels.info
 
 Native parts are what setup.py compiles where it can: CUDA kernels (csrc/cuda) and the header pass over tar shards
-(csrc/host). Needs torch alone; starts no GPU work.
+(csrc/host). Each is called there only if it loads. Needs torch alone; starts no GPU work.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from .dispatch import OPS, explain
 
 BUILD = Path(__file__).parent / "native.json"
 AGAIN = "pip install --no-build-isolation --no-deps --force-reinstall . (in a clone)"
+ELSEWHERE = "MVLE_CUDA_LIBRARY=a library that csrc/build.py made, or without the variable: the installed one is taken"
 
 
 @dataclass(frozen=True)
@@ -66,30 +68,36 @@ def triton() -> Part:
 
 
 def cuda_kernels() -> Part:
-    """The shared library from csrc/cuda."""
-    name, noted = "CUDA kernels", _built()
+    """The shared library from csrc/cuda, or that of MVLE_CUDA_LIBRARY: what a build noted is of the installed one."""
+    name, noted, named = "CUDA kernels", _built(), os.environ.get("MVLE_CUDA_LIBRARY")
+    remedy = f"nvcc on PATH (CUDA toolkit 12.8 or newer) and torch installed, then {AGAIN}"
     path = cuda_support.library()
-    if path is not None:
-        if reason := cuda_support.load():
-            return Part(name, missing=reason, remedy=AGAIN)
-        how = noted["built"].get("mvle_kernels.libmvle_cuda", "")
-        return Part(name, f"{how or 'built elsewhere'} ({path})")
-    why = noted["left out"].get("mvle_kernels.libmvle_cuda", "this installation was made without compiling them")
-    return Part(
-        name, missing=why, remedy=f"nvcc on PATH (CUDA toolkit 12.8 or newer) and torch installed, then {AGAIN}"
-    )
+    if named and path is None:
+        return Part(name, missing=f"MVLE_CUDA_LIBRARY={named} is no file", remedy=ELSEWHERE)
+    if path is None:
+        without = "this installation was made without compiling them"
+        return Part(name, missing=noted["left out"].get("mvle_kernels.libmvle_cuda", without), remedy=remedy)
+    if reason := cuda_support.load():
+        return Part(name, missing=reason, remedy=ELSEWHERE if named else AGAIN)
+    if named and path.resolve() != cuda_support.LIBRARY.resolve():
+        return Part(name, f"built elsewhere ({path}, by MVLE_CUDA_LIBRARY)")
+    return Part(name, f"{noted['built'].get('mvle_kernels.libmvle_cuda', 'built elsewhere')} ({path})")
 
 
 def header_pass() -> Part:
-    """The extension from csrc/host, which reads the headers of tar shards."""
+    """The extension from csrc/host, which reads the headers of tar shards: whether mvle.data.headers takes it. mvle is
+    another package, and this one works where it, or what it needs, is not installed."""
     name, noted = "header pass", _built()
-    spec = find_spec("mvle")
-    folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    if any(list(Path(folder).glob("_host*.so")) for folder in folders):
-        return Part(name, f"C++ ({noted['built'].get('mvle._host', 'built elsewhere')})")
-    why = noted["left out"].get("mvle._host", "this installation was made without compiling it")
-    remedy = f"a C++ compiler and pip install pybind11, then {AGAIN}"
-    return Part(name, missing=f"{why}; indexing takes its twin in Python", remedy=remedy)
+    try:
+        module, used = import_module("mvle.data.headers").host()
+    except ImportError as error:
+        why = f"mvle, which alone reads shards, cannot be imported: {error}"
+        return Part(name, missing=why, remedy="pip install --no-build-isolation . (in a clone)")
+    if module is not None:
+        return Part(name, f"{used} ({noted['built'].get('mvle._host', 'built elsewhere')}; {module.__file__})")
+    left_out = noted["left out"].get("mvle._host")
+    said = f"{left_out}; indexing takes {used}" if left_out else f"indexing takes {used}"
+    return Part(name, missing=said, remedy=f"a C++ compiler and pip install pybind11, then {AGAIN}")
 
 
 def library(name: str, state: optional.State) -> Part:
