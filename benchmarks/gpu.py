@@ -67,7 +67,7 @@ def _step(shape: str, mode: str, only: str, seconds: int, exercise: tuple[str, .
 PARTS = (
     Part("tests", 150, ("tests",), ("tests",)),
     Part("roofs", 30, ("roofs", "8192", "2048"), ("roofs", "256", "16")),
-    Part("kernels", 100, ("kernels",), ("kernels",)),
+    Part("kernels", 150, ("kernels",), ("kernels",)),
     _step("base-256", "replace", "main", 130, ("step", "tiny", "replace", "main")),
     _step("base-256", "drop", "main", 110, ("step", "tiny", "drop", "main")),
     Part("profile", 45, ("profile", "base-256"), ("profile", "tiny")),

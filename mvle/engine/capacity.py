@@ -10,6 +10,7 @@ R copies (S x R = all ranks), u the largest unit that is sharded by itself, r th
                next one's, and one more is being received: 2 (r + 3 u)
     whole      gradients before they are summed over ranks: the root's in bfloat16 until the end, a unit's in bfloat16
     gradients  and, to be sent, in float32: 2 r + 6 u. With several micro-batches all stay, in float32: 4 P + 2 u
+    one rank   is not sharded (half_weights.py): copies of all weights in bfloat16, 2 P, and their gradients, 2 P
     traffic    what a rank receives: weights for the forward of each micro-batch, and the units' again for its backward,
                in bfloat16, (S - 1)/S of it; gradients once, in float32; with R > 1 their shards twice (R - 1)/R; and
                the embeddings of the contrast, with their gradients
@@ -135,9 +136,11 @@ class RankMemory:
         return self.weights + self.gradients + self.moments + self.ema + self.gathered + self.whole_gradients
 
 
-def rank_memory(weights: Weights, shard: int, accumulate: int, ema: bool) -> RankMemory:
-    """Of one of `shard` ranks that share a copy, with `accumulate` micro-batches a step."""
+def rank_memory(weights: Weights, ranks: int, shard: int, accumulate: int, ema: bool) -> RankMemory:
+    """Of one of `ranks`, of which `shard` share a copy, with `accumulate` micro-batches a step."""
     own = 4 * weights.shard(shard)
+    if ranks == 1:
+        return RankMemory(own, own, 2 * own, own * ema, 2 * weights.whole, 2 * weights.whole)
     gathered = 2 * (weights.root + 3 * weights.unit)
     whole = 2 * weights.root + 6 * weights.unit if accumulate == 1 else 4 * weights.whole + 2 * weights.unit
     return RankMemory(own, own, 2 * own, own * ema, gathered, whole)
@@ -255,7 +258,7 @@ def plan_ranks(
             activations = line.at(micro) + a_score * micro * max(among - micro, 0)
         else:  # it is over before the first forward
             activations = max(line.at(micro), a_score * per_rank * among)
-        memory = rank_memory(weights, shard, per_rank // micro, ema)
+        memory = rank_memory(weights, ranks, shard, per_rank // micro, ema)
         return activations, memory.fixed + activations + per_rank * image
 
     room = None if gib is None else gib * 2**30 * (1 - MARGIN)
@@ -269,7 +272,7 @@ def plan_ranks(
                 divisors = [n for n in range(group, per_rank + 1, group) if per_rank % n == 0]
                 best = max((n for n in divisors if needed(line, n, per_rank)[1] <= room), default=None)
         fits.append(Fit(choice, now and now[0], now and now[1], largest, best))
-    memory = rank_memory(weights, shard, accumulate, ema)
+    memory = rank_memory(weights, ranks, shard, accumulate, ema)
     moved = traffic(config, weights, replicate, shard, per_rank or 0, accumulate)
     return RankPlan(ranks, replicate, shard, problem, micro, accumulate, memory, moved, tuple(fits))
 

@@ -32,6 +32,7 @@ from mvle.engine.capacity import (
     with_depth_one,
 )
 from mvle.engine.gpus import GPUS
+from mvle.engine.half_weights import HalfWeights
 from mvle.engine.memory import LiveBytes, activation_bytes, contrast_bytes, model_on_meta, typical_batch
 from mvle.engine.parallel import Parallel
 from mvle.model.model import MaskVLM
@@ -169,7 +170,7 @@ def test_a_sharded_step_takes_and_receives_what_is_predicted(four_ranks: Paralle
                     model(batch, 0, model.counts(batch)).total.backward()
     (activations,) = activation_bytes(config, WORDS, (8,), "full", torch.bfloat16)
 
-    memory = rank_memory(weights, 4, accumulate, ema=False)
+    memory = rank_memory(weights, 4, 4, accumulate, ema=False)
     moved = traffic(config, weights, 1, 4, 8 * accumulate, accumulate)
 
     assert sum(s.numel() for s in shards) == memory.weights / 4
@@ -200,6 +201,27 @@ def test_the_largest_micro_batch_fits_and_one_more_group_does_not() -> None:
     (over,) = plan(small(f"batch.total={8 * (fit.largest + 8)}", "data.slots=8"), 8).fits
     assert tight.total is not None and over.total is not None
     assert tight.total <= 36 * GIB < over.total
+
+
+def test_one_rank_holds_copies_of_all_weights_and_their_gradients() -> None:
+    """As half_weights.py makes them: measured, on a CPU, by what the buffers take."""
+    config = load_config("tiny")
+    model = model_on_meta(config, 342).to_empty(device="cpu")
+    weights = Weights.of(model)
+    memory = rank_memory(weights, 1, 1, 1, ema=False)
+    copies = HalfWeights(model, ("forward",))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with copies.training():
+        inside = [p for p in model.parameters() if p.dtype == torch.bfloat16]
+        for parameter in inside:
+            parameter.grad = torch.zeros_like(parameter)
+        taken = sum(p.numel() * 2 for p in inside)
+        gradients = sum(p.grad.numel() * 2 for p in inside if p.grad is not None)
+    assert memory.gathered == pytest.approx(taken, rel=1e-4)  # the temperature alone has no copy
+    assert memory.whole_gradients == pytest.approx(gradients, rel=1e-4)
+    assert memory.gradients == sum(p.grad.numel() * 4 for p in model.parameters() if p.grad is not None) + 4
 
 
 def test_ranks_that_cannot_share_the_batch_are_told_why_and_still_planned_for() -> None:
