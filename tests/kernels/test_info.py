@@ -88,7 +88,9 @@ def test_a_library_that_is_named_and_not_there_is_told_by_the_variable_that_name
 @pytest.fixture
 def extension(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], info.Part]]:
     """What is said of the header pass where mvle has a file `name` with `content` beside it, and no other extension."""
-    mvle, headers = pytest.importorskip("mvle"), pytest.importorskip("mvle.data.headers")
+    import mvle
+    from mvle.data import headers
+
     noted = {"built": {"mvle._host": "g++"}, "left out": {}}
     (elsewhere / "native.json").write_text(json.dumps(noted))
     monkeypatch.setattr(mvle, "__path__", [str(elsewhere)])
