@@ -155,6 +155,61 @@ def test_as_many_compilers_run_at_once_as_are_allowed(build: ModuleType, monkeyp
     assert build.jobs() == (os.cpu_count() or 1)
 
 
+# ---- what make compiles again ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder in which make finds an installation of earlier, whose Python notes what it is called with."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@" >> calls\n')
+    python.chmod(0o755)
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        os.utime(file, (1e9, 1e9))
+    (tmp_path / ".venv" / ".installed").touch()
+    for place in ("mvle", "build/lib.linux/mvle"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "_host.so").write_text("of older sources")
+    return tmp_path
+
+
+def make_test(clone: Path) -> list[str]:
+    """What `make test` calls Python with."""
+    (clone / "calls").unlink(missing_ok=True)
+    done = subprocess.run(["make", "test"], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return (clone / "calls").read_text().splitlines()
+
+
+COMPILES = "setup.py --quiet build_ext --inplace"
+
+
+@pytest.mark.parametrize("name", ["csrc/host/headers.cpp", "csrc/build.py"])
+def test_make_compiles_the_header_pass_again_before_tests_where_its_sources_changed(name: str, clone: Path) -> None:
+    tests = make_test(clone)
+    assert COMPILES not in tests and tests[-1] == "-m pytest tests"  # the installation compiled them
+    later = (clone / ".venv" / ".compiled").stat().st_mtime + 1
+    for when in (later, later + 1):  # a change, and one more
+        os.utime(clone / name, (when, when))
+        assert make_test(clone) == [COMPILES, *tests]
+        os.utime(clone / ".venv" / ".compiled", (when, when))
+        assert make_test(clone) == tests
+    assert not list(clone.rglob("_host*.so")), "what older sources gave is still there"
+
+
+def test_make_compiles_nothing_again_for_kernels_that_tests_compile_themselves(clone: Path) -> None:
+    before = make_test(clone)
+    later = (clone / ".venv" / ".compiled").stat().st_mtime + 1
+    os.utime(clone / "csrc" / "cuda" / "views.cu", (later, later))
+    assert make_test(clone) == before
+
+
 # ---- what an installation does without ------------------------------------------------------------------------------
 
 
@@ -223,7 +278,7 @@ def test_no_list_of_architectures_is_in_the_way_of_an_installation(source: Path,
         assert f"for {codes}" in noted(source)["built"][name]
         assert ("not built for 7.5." in done.stdout) == ("TORCH_CUDA_ARCH_LIST: 7.5" in noted(source)["built"][name])
         assert ("not built for" in done.stdout) == ("7.5" in text)
-    assert "75" not in (home / "bin" / "nvcc.log").read_text()
+    assert "compute_75" not in (home / "bin" / "nvcc.log").read_text()
     for text, words in (("all-major", "got 'all-major' in it"), ("7.5", "'7.5' has none")):
         done = setup(source, TORCH_CUDA_ARCH_LIST=text, **environment)
         assert done.returncode == 0, done.stderr
