@@ -338,6 +338,7 @@ def _resize(pixels: Pixels, size: int) -> Pixels:
     # below zero it refuses: a mirrored view of one row or column has them although numpy calls it contiguous.
     as_it_is = pixels.flags.c_contiguous and pixels.flags.writeable and min(pixels.strides) > 0
     pixels = pixels if as_it_is else pixels.copy()
-    stored = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # The batch's own stride must be that of a batch: else torch takes the pixels for planes, and turns every result.
+    stored = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     scaled = torch.nn.functional.interpolate(stored, size=(size, size), mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()

@@ -216,3 +216,18 @@ def test_a_window_of_one_pixel_is_shown_at_any_size_however_the_image_is_turned(
         for size in (1, 4):
             shown = decode_window(data, (y, x, 1, 1), flip, size)
             assert shown.shape == (size, size, 3) and (shown == pixel).all()
+
+
+def test_a_resized_window_is_not_turned_from_planes_to_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch writes it as pixels; turning planes took as long as the resizing itself."""
+    resized: list[torch.Tensor] = []
+    interpolate = torch.nn.functional.interpolate
+
+    def noted(*arguments: object, **options: object) -> torch.Tensor:
+        resized.append(interpolate(*arguments, **options))
+        return resized[-1]
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", noted)
+    for window in (None, (3, 2, 17, 13)):
+        shown = decode_window(encode(picture()), window, False, 16)
+        assert resized.pop().is_contiguous(memory_format=torch.channels_last) and shown.flags.c_contiguous
