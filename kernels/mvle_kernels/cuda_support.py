@@ -47,6 +47,8 @@ def load() -> str | None:
     """Load the library, once; why it cannot be had, or None."""
     found = library()
     if found is None:
+        if named := os.environ.get("MVLE_CUDA_LIBRARY"):
+            return f"MVLE_CUDA_LIBRARY={named} names no file"
         return "the CUDA kernels were not built: python -m mvle_kernels.info says why"
     try:
         torch.ops.load_library(str(found))

@@ -169,3 +169,10 @@ def test_looking_for_the_library_breaks_no_graph(elsewhere: Path) -> None:
 
     whole = torch.compile(choose, fullgraph=True, backend="eager")
     assert whole(torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_a_library_that_is_named_and_not_there_is_told_by_its_name(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MVLE_CUDA_LIBRARY", "/nowhere/lib.so")
+    assert cuda_support.load() == "MVLE_CUDA_LIBRARY=/nowhere/lib.so names no file"
