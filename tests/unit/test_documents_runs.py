@@ -43,6 +43,9 @@ NOT_RUN = {
     "--write changes the baseline",
     r"python -m benchmarks\.gpu --exercise": "makes every part of `make gpu`, for minutes",
     r"python -m benchmarks\.quality tiny": "trains a dozen whole runs; tests/unit/test_quality.py makes short ones",
+    r"python -m benchmarks\.loader( --write)?": "measures for minutes, and writes what it measured: "
+    "tests/unit/test_loader_benchmark.py runs it at toy size",
+    r"python -m benchmarks\.loader_report": "changes a document; the same file holds what it writes",
     r"python -m benchmarks\.report( run\.json)?( --gate)?": "changes documents, out of minutes of measuring; "
     "tests/unit/test_benchmarks.py holds that they are what it writes",
     r"python -m mvle\.\w+ .*(s3|https)://.*": "asks another machine; tests/unit/test_data_servers.py has a server",
