@@ -10,7 +10,7 @@ an image, in every epoch. A whole shard is one request after the other in large 
     ranks      of a machine share the folder. Who holds a shard's lock fetches it, the others wait; the lock goes with
                its process. What is being fetched has another name until it is whole, so nothing half is ever read
     room       never more than `limit` bytes, those on their way counted: the shards that were opened longest ago leave.
-               Who still reads one of them keeps it until it is closed (its name is gone, its bytes are not)
+               Who has one of them open closes it when it opens the next (ShardReader), and its bytes are free then
     no room    a shard larger than the limit, a full disk, a folder that cannot be written: read by ranges as without a
                cache, and one warning says so
 """
@@ -37,7 +37,17 @@ log = logging.getLogger(__name__)
 
 PIECE = 8 * 2**20  # bytes of a request
 _PART, _LOCK = ".part", ".lock"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+_TRIES = 5
+_NO_ROOM = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.ENOLCK,
+    errno.ENOSYS,
+)
 
 
 class ShardCache:
@@ -59,17 +69,25 @@ class ShardCache:
         place = self.place(file, state)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._locked(place) as held:
-                assert held
-                if not place.is_file() or place.stat().st_size != state.size:
-                    self._make_room(state.size, place)
-                    self._fetch(file, state.size, place)
-                os.utime(place)  # it was opened now
-                return open_ranges(place)
+            for _ in range(_TRIES):
+                try:
+                    return self._open(file, state.size, place)
+                except FileNotFoundError:  # somebody who made room was faster: it is fetched again
+                    continue
+            return self._without(file, f"others need its room, {_TRIES} times in a row")
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
             return self._without(file, str(error))
+
+    def _open(self, file: RemoteFile, size: int, place: Path) -> Ranges:
+        with self._locked(place) as held:
+            assert held
+            if not place.is_file() or place.stat().st_size != size:
+                self._make_room(size, place)
+                self._fetch(file, size, place)
+            os.utime(place)  # it was opened now
+            return open_ranges(place)
 
     def place(self, file: RemoteFile, state: Status) -> Path:
         """Where the file lies when it is whole."""
@@ -117,7 +135,11 @@ class ShardCache:
         """Let shards go until `size` bytes more fit. Raises OSError (ENOSPC) where what is on its way leaves none."""
         with self._locked(self.folder / "room"):
             self._sweep()
-            there = {path: path.stat() for path in self._files() if path.name != place.name}
+            there: dict[Path, os.stat_result] = {}
+            for path in self._files():
+                with contextlib.suppress(FileNotFoundError):  # what was on its way may just have become whole
+                    there[path] = path.stat()
+            there.pop(place, None)
             used = sum(stat.st_size for stat in there.values())
             whole = sorted((p for p in there if p.suffix != _PART), key=lambda p: there[p].st_mtime_ns)
             for path in whole:

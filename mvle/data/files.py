@@ -227,6 +227,10 @@ class _LocalRanges:
     def size(self) -> int:
         return os.fstat(self._fd).st_size
 
+    def unlinked(self) -> bool:
+        """Whether the file has lost its name: its bytes stay on the disk for whoever has it open."""
+        return os.fstat(self._fd).st_nlink == 0
+
     def expect(self, offset: int, size: int) -> None:
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):

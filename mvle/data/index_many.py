@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 
 from .decode import MAX_PIXELS
@@ -72,13 +73,29 @@ def index_many(paths: Sequence[File], options: IndexOptions) -> Iterator[Indexed
             yield _index(path, options)
         return
     # spawn: what was forked may hold a lock of a thread that it does not have
+    left = dict.fromkeys(waiting)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
             for future in as_completed([pool.submit(_index, path, options) for path in waiting]):
-                yield future.result()
+                done = future.result()
+                del left[done.path]
+                yield done
+        except BrokenProcessPool:  # a process was killed, and with it the pool; which shard it had nobody says
+            pass
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    for path in left:
+        yield _index_alone(path, options)
+
+
+def _index_alone(path: File, options: IndexOptions) -> Indexed:
+    """In a process of its own, which may be killed."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_index, path, options).result()
+        except BrokenProcessPool:
+            return Indexed(path, None, "the process that indexed it was killed. Is there enough memory for it?", 0.0)
 
 
 def kept_index(path: File, options: IndexOptions) -> ShardIndex | None:

@@ -76,6 +76,8 @@ def index_shard(
             found = members(copy, str(shard))
         results = _examine_all(copy, found, caption_field, max_pixels, threads, verify)
         ends = ends_of(copy)
+    if status(shard, refresh=True) != state:
+        raise DataError(f"{shard} was written while it was indexed. Index it again when it is whole.")
 
     rows: dict[str, _Row] = {}
     left_out: list[tuple[str, str]] = []

@@ -105,6 +105,9 @@ class ShardReader:
         opened = self._opener(self._paths[shard])  # without the lock: an open that hangs holds up nobody else
         self._check_size(shard, opened)
         with self._lock:
+            if self._opener is not open_ranges:  # what a cache has let go takes room on the disk while it is open
+                for other in [k for k, r in self._open.items() if getattr(r, "unlinked", bool)()]:
+                    del self._open[other]
             ranges = self._open.setdefault(shard, opened)
             self._open.move_to_end(shard)
             while len(self._open) > self._max_open:

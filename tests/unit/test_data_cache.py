@@ -19,6 +19,7 @@ from mvle.data.cache import ShardCache
 from mvle.data.config import DataConfig, open_shards
 from mvle.data.errors import DataError
 from mvle.data.files import status
+from mvle.data.reader import ShardReader
 from mvle.data.remote import RemoteFile
 from mvle.data.shards import ShardSet
 
@@ -206,3 +207,34 @@ def test_a_run_reads_through_the_cache_that_its_config_names(remote: str, tmp_pa
     rows = range(plain.images)
     assert [shards.image_bytes(row) for row in rows] == [plain.image_bytes(row) for row in rows]
     assert kept(tmp_path / "cache") == ["part-000.tar", "part-001.tar", "part-002.tar"]
+
+
+def test_many_who_fetch_different_files_into_a_full_cache_all_read_right(
+    tmp_path: Path, files: list[RemoteFile]
+) -> None:
+    caches, wrong = [ShardCache(tmp_path, 2 * SIZE) for _ in range(4)], list[object]()
+
+    def read(k: int) -> None:
+        try:
+            for i in range(60):
+                which = (i * (k + 1) + k) % 4
+                if caches[k].open(files[which]).read(0, 2) != b"abcd"[which : which + 1] * 2:
+                    wrong.append(which)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=read, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[0]
+
+
+def test_what_left_is_closed_when_the_next_is_opened(tmp_path: Path, files: list[RemoteFile]) -> None:
+    reader = ShardReader(files, [SIZE] * 4, opener=ShardCache(tmp_path, 2 * SIZE).open)
+    for k in (0, 1, 2, 3):
+        assert reader.read(k, 0, 1) == b"abcd"[k : k + 1]
+        time.sleep(0.01)
+    assert len(reader._open) <= 3  # the last two, and one that left while it was opened
+    assert [reader.read(k, 5, 1) for k in range(4)] == [b"a", b"b", b"c", b"d"]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mvle.data import index_many as module
+from mvle.data import indexing as indexing_module
 from mvle.data.__main__ import main
 from mvle.data.decode import DecodeError, examine_image, identify_image
 from mvle.data.errors import DataError
 from mvle.data.index import ShardIndex, index_path
-from mvle.data.index_many import IndexOptions, index_many
+from mvle.data.index_many import Indexed, IndexOptions, index_many
 from mvle.data.indexing import index_shard
 from mvle.data.plan import SamplingPlan
 from mvle.data.shards import ShardSet
@@ -250,3 +252,35 @@ def test_the_program_says_what_it_made_and_what_was_there(tmp_path: Path, capsys
     assert "up to date" not in capsys.readouterr().out  # now they are verified
     assert main(["index", pattern, "--workers", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
+
+
+def _dies(path: Path, options: IndexOptions) -> Indexed:
+    if path.name == "001.tar":
+        os.kill(os.getpid(), signal.SIGKILL)  # as a machine without memory does, without a word
+    return Indexed(path, index_shard(path), None, 0.0)
+
+
+def test_a_process_that_is_killed_costs_its_own_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = shards(tmp_path, 3)
+    monkeypatch.setattr(module, "_index", _dies)
+    found = {done.path.name: done for done in index_many(paths, IndexOptions(workers=2))}
+    assert found.keys() == {"000.tar", "001.tar", "002.tar"}
+    assert found["001.tar"].index is None and "was killed" in found["001.tar"].error
+    assert found["000.tar"].index is not None and found["002.tar"].index is not None
+
+
+def test_a_shard_that_is_written_while_it_is_indexed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = shards(tmp_path, 1)
+    examine = indexing_module._examine_all
+
+    def meanwhile(*arguments: object) -> object:
+        found = examine(*arguments)
+        os.utime(path, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(indexing_module, "_examine_all", meanwhile)
+    with pytest.raises(DataError, match="was written while it was indexed"):
+        index_shard(path)
+    assert not index_path(path).exists()
