@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .errors import DataError
-from .files import write_bytes
+from .files import open_ranges, write_bytes
 from .tar import Member, members, split_name
 
 VERSION = "v1.2"
@@ -50,6 +50,17 @@ def write_wds2idx(shard: Path) -> tuple[Path, int]:
     return place, len(lines)
 
 
+def _is_header_of(block: bytes, member: Member) -> bool:
+    """Whether a tar's header block is that of a member, as far as it tells: long names and sizes stand elsewhere."""
+    name = member.name.encode("utf-8", "surrogateescape")
+    stored, prefix = (block[a:b].partition(b"\0")[0] for a, b in ((0, 100), (345, 500)))
+    digits = block[124:136].strip(b" \0")
+    octal = digits and set(digits) <= set(b"01234567")
+    same_size = not octal or int(digits, 8) in (member.size, 0)
+    whole = b"/".join(part for part in (prefix, stored) if part)
+    return same_size and (whole == name or (len(name) > 100 and bool(stored)) or not name.isascii())
+
+
 def read_wds2idx(file: Path, shard: Path) -> list[Member]:
     """The members that a file of wds2idx names, in its order, held against the size of the shard.
 
@@ -66,6 +77,7 @@ def read_wds2idx(file: Path, shard: Path) -> list[Member]:
         raise DataError(f"{wrong}; it announces {count} samples and has {len(lines)}. Make it again.")
     found: list[Member] = []
     size, behind = shard.stat().st_size, 0
+    ranges = open_ranges(shard)
     for number, line in enumerate(lines, 2):
         fields = line.split()
         for i in range(0, max(len(fields), 1), 4):
@@ -80,4 +92,10 @@ def read_wds2idx(file: Path, shard: Path) -> list[Member]:
                 )
             behind = member.offset + member.size
             found.append(member)
+    for member in found:
+        if not _is_header_of(ranges.read(member.offset - 512, 512), member):
+            raise DataError(
+                f"{wrong}; it puts {member.name} at byte {member.offset}, and the header before it is another's: the "
+                "shard was written since. Make it again."
+            )
     return found

@@ -212,6 +212,14 @@ def test_a_hostile_file_of_wds2idx_is_refused(what: str, tmp_path: Path) -> None
         index_shard(path, wds2idx=True)
 
 
+def test_a_file_of_wds2idx_of_another_shard_is_refused(tmp_path: Path) -> None:
+    (path,) = shards(tmp_path, 1)
+    write_wds2idx(path)
+    write_shard(path, [(f"z{i}", pair(i)) for i in range(3)])  # the same parts under other names, at the same places
+    with pytest.raises(DataError, match=r"s0p0.jpg at byte 512, and the header before it is another's"):
+        index_shard(path, wds2idx=True)
+
+
 def test_a_name_with_a_blank_cannot_be_written(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", [("my cat", pair(0))])
     with pytest.raises(DataError, match="'my cat.jpg' has a blank in it"):
