@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -61,6 +62,14 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         if fits:
             kept.append(item)
     items[:] = kept
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,8 @@ from .measure import Ratio, copy_of, matmul_roof, peak_memory, seconds, wait
 from .providers import dtype_on
 from .report import about
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = cases(DEVICE)
 ROUNDS, CALLS = (20, 10) if DEVICE.type == "cuda" else (7, 10)
@@ -98,14 +100,6 @@ def problems() -> Iterator[Problems]:
 def memory_as_in_a_run() -> None:
     if DEVICE.type == "cpu":
         hold_freed_memory()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def measured(benchmark: Any, problem: Problem, case: str, backward: bool, names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ augmentation is torchvision's own, image by image, as a DataLoader's worker woul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from mvle.data.augment_config import AugmentConfig
 
 from .loader import plan_step
 from .loader_data import make_shards, photo
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FACTOR = {"probability": 1.0, "strength": 0.4}
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -46,14 +48,6 @@ def by_torchvision(name: str) -> Callable[[Tensor], Tensor]:
         "randaugment": lambda: v2.RandAugment(2, 21),
     }
     return makes[name]()  # type: ignore[no-any-return]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.benchmark(group="the plan, 256 pairs")

@@ -5,8 +5,8 @@
 
 A shard whose index is there, fits the options and is not stale is left alone, so that a run that was killed goes on
 where it was; an index appears under its name when it is whole. Several at once are processes: decoding lets go of the
-interpreter, but hashing small files, parsing captions and packing columns do not, and they are half of the time for
-small images. A process takes seconds to start, so a set of a few MiB is indexed by this one.
+interpreter, but parsing captions and packing columns do not. A process takes seconds to start, so a set of a few MiB is
+indexed by this one.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def index_many(paths: Sequence[File], options: IndexOptions) -> Iterator[Indexed
                 yield done
         except BrokenProcessPool:  # a process was killed, and with it the pool; which shard it had nobody says
             pass
-        except BaseException:
+        except BaseException:  # raised again: nothing that is queued is begun
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     for path in left:
