@@ -9,7 +9,8 @@ What one gets, whichever decoder ran:
     transparency       laid on white, as a page shows it; dropping alpha would uncover colours nobody was meant to see
     palette, CMYK, grey, bilevel   to RGB
     animations         the first frame
-    damaged or cut off DecodeError, also where a tolerant decoder would fill in grey
+    damaged or cut off DecodeError, also where a tolerant decoder would fill in grey. But what is wrong within a JPEG's
+                       scan and ends in an end mark, libjpeg goes on after, and shows noise
 
 A pixel bound is checked on the header, before anything is decompressed. Resizing is torch's antialiased bilinear on
 uint8: a photo window to 112 pixels takes 0.06 ms against 0.17 with Pillow, a 1-megapixel window to 224 0.9 against 3.8.

@@ -9,8 +9,9 @@ DALI sees no file, no epoch and no random number: all of that is the plan's.
     an image that fails       makes DALI fail the batch, without its name, and the pipeline with it. Each image of that
                               batch is then decoded by torch, which says which are bad and why; a new pipeline decodes
                               the others again. What torch reads and DALI does not is shown by torch from then on
-    damage                    DALI does not see all of it (a JPEG cut below the window, say). The checksum is compared
-                              before anything is decoded
+    damage                    DALI does not see all of it (a JPEG cut below the window, say). So it is given bytes alone
+                              that torch decoded: when they were indexed (and the checksum is the same), or else here,
+                              the first time that they are met. Both decoders then replace the same
 
 On a GPU the pixels stay there. DALI's buffers come back to it in the order of its own streams, whatever torch still
 does with them, so torch does not keep them: they are copied to memory of torch's on the loader's stream, and the
@@ -55,12 +56,14 @@ def dali_reads(image: Encoded) -> bool:
 
 
 class _Flight(NamedTuple):
-    """A submitted batch. dali, others: positions of its images by who decodes them; others have the missing ones."""
+    """A submitted batch. dali, others: positions of its images by who decodes them; others have the missing ones and
+    those that failed before DALI saw them, bad (position -> reason)."""
 
     images: Sequence[Encoded | None]
     size: int
     dali: list[int]
     others: list[int]
+    bad: dict[int, str]
 
     def given(self) -> list[Encoded]:
         """The images that DALI is given."""
@@ -93,11 +96,13 @@ class DaliDecoder:
         return self._torch.threads
 
     def submit(self, images: Sequence[Encoded | None], size: int) -> None:
-        """Begin with a batch."""
+        """Begin with a batch. Waits until torch has decoded what nobody decoded before, while DALI is at the batch
+        before."""
         mine = [image is not None and dali_reads(image) and image.name not in self._refused for image in images]
-        flight = _Flight(
-            images, size, [i for i, is_mine in enumerate(mine) if is_mine], [i for i, m in enumerate(mine) if not m]
-        )
+        bad = self._verify([image if is_mine else None for image, is_mine in zip(images, mine, strict=True)], size)
+        dali = [i for i, is_mine in enumerate(mine) if is_mine and i not in bad]
+        others = [i for i, is_mine in enumerate(mine) if not is_mine or i in bad]
+        flight = _Flight(images, size, dali, others, bad)
         self._torch.submit([None if is_mine else image for image, is_mine in zip(images, mine, strict=True)], size)
         with self._counts.timed("decode"):
             self._feed(flight.given(), size)
@@ -107,9 +112,9 @@ class DaliDecoder:
         """Wait for the oldest batch submitted. Raises RuntimeError or DataError where no image is why DALI fails."""
         flight = self._flying.popleft()
         rest = self._torch.collect()
+        failed = rest.failed | flight.bad
         if not flight.dali:
-            return Decoded(rest.images.to(self._device), rest.failed)
-        failed = dict(rest.failed)
+            return Decoded(rest.images.to(self._device), failed)
         try:
             with self._counts.timed("decode"):
                 pixels = self._take()
@@ -133,6 +138,11 @@ class DaliDecoder:
         """End the threads, DALI's too."""
         self._torch.close()
         self._pipeline = None
+
+    def _verify(self, images: Sequence[Encoded | None], size: int) -> dict[int, str]:
+        """Decode by torch what was never decoded; position -> reason of what is bad."""
+        unseen = [image if image is not None and not image.verified else None for image in images]
+        return self._torch.begin(unseen, size).wait().failed if any(unseen) else {}
 
     # --- the pipeline ------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,8 @@ class Encoded:
     """One image to be shown.
 
     name: for messages · window (y, x, height, width): displayed pixels · max_pixels: larger ones are bad ·
-    format (a name of decode.FORMATS), bit_depth, channels: as the index has them.
+    format (a name of decode.FORMATS), bit_depth, channels: as the index has them · verified: torch decoded these bytes
+    before, and they are good.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Encoded:
     format: str
     bit_depth: int
     channels: int
+    verified: bool = True
 
 
 class Decoded(NamedTuple):

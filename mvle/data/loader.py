@@ -9,11 +9,11 @@ At most data.prefetch batches are ready, one is being put together behind them w
 bytes of two more are read. (torchvision, Pillow, DALI, torch and zlib let go of the interpreter while they work.)
 Everything random comes from the plan, so the batches of a step are the same on any number of ranks and threads.
 
-A bad image: every image was decoded once when it was indexed, so a checksum or decode error now means that a disk or a
-copy went wrong. The pair is replaced by the row that its slot would get next of the same source
-(SamplingPlan.replacement), the key is named once in a warning, and the run stops with the list when more than
-data.max_bad_share of the images fail. Which row replaces it depends on the counter and the disk alone, not on what this
-process met before: a resumed run and any number of ranks choose the same.
+A bad image: every image was decoded once when it was indexed (or is, by torch, before anything shows it), so a checksum
+or decode error now means that a disk or a copy went wrong. The pair is replaced by the row that its slot would get next
+of the same source (SamplingPlan.replacement), the key is named once in a warning, and the run stops with the list when
+more than data.max_bad_share of the images fail. Which row replaces it depends on the counter and the disk alone, not on
+what this process met before: a resumed run and any number of ranks choose the same.
 
 A bad file (gone, cut, another one in its place) is no bad image: DataError at once, with its name.
 """
@@ -289,6 +289,9 @@ class Loader:
         self._stage = f"step {step.number}, preparing images"
         with self.counts.timed("late_decoding"):
             images, failed = self._decoder.collect()
+        for i, (draw, image) in enumerate(zip(step.draws, step.images, strict=True)):
+            if image is not None and not image.verified and i not in failed:
+                self.shards.verify(draw.row)
         errors = step.errors | {i: BadImageError(reason) for i, reason in failed.items()}
         self._bad.pairs += len(step.draws)
         for i in sorted(errors):  # in the order of the batch, whichever thread was first

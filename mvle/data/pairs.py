@@ -38,6 +38,7 @@ def fetch(shards: ShardSet, draw: Draw, max_pixels: int) -> Encoded:
         format=FORMATS[columns["format"][i]],
         bit_depth=int(columns["bit_depth"][i]),
         channels=int(columns["channels"][i]),
+        verified=shards.verified(draw.row),
     )
 
 

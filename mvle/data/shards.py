@@ -10,6 +10,8 @@ from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
 
+import numpy as np
+
 from .cache import ShardCache
 from .captions import bytes_id
 from .errors import DataError
@@ -44,6 +46,8 @@ class ShardSet:
             opener=open_ranges if cache is None else cache.open,
         )
         self.images = self._starts[-1]
+        # Of each shard: which of its images were decoded since, where none was when it was indexed.
+        self._decoded = [None if index.verified else np.zeros(index.images, bool) for index in self.indexes]
         self.pairs = sum(index.pairs for index in self.indexes)
         if self.images == 0:
             names = ", ".join(str(index.path) for index in self.indexes[:3])
@@ -176,6 +180,23 @@ class ShardSet:
         """Checksum of the image's bytes when it was indexed."""
         shard, i = self.locate(row)
         return int(self.indexes[shard].columns["image.crc32"][i])
+
+    def verified(self, row: int) -> bool:
+        """Whether the image, as its checksum has it, is known to decode: it did when it was indexed, or since."""
+        shard, i = self.locate(row)
+        decoded = self._decoded[shard]
+        return decoded is None or bool(decoded[i])
+
+    def verify(self, row: int) -> None:
+        """The image was decoded, and is good."""
+        shard, i = self.locate(row)
+        if (decoded := self._decoded[shard]) is not None:
+            decoded[i] = True
+
+    @property
+    def unverified_shards(self) -> int:
+        """How many shards were indexed without decoding."""
+        return sum(not index.verified for index in self.indexes)
 
     def extra(self, row: int, suffix: str) -> bytes | None:
         """Another component of the pair (KEY.SUFFIX), or None where it has none."""

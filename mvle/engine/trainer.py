@@ -301,13 +301,17 @@ class Trainer:
         """One block at the start: what runs, on what, and why so."""
         config = self.config
         data, *sources = describe_sources(self.shards, self.plan, config.schedule.steps)
+        decoder = f"{self.decoder.name}: {self.decoder.why}"
+        if self.decoder.name == "dali" and (unverified := self.shards.unverified_shards):
+            of = f"{unverified} of {len(self.shards.indexes)} shards"
+            decoder += f"; torch decodes each image of {of} first, once, since they were indexed with --no-verify"
         self.parallel.say(
             f"run         {config.run.name} in {self.folder.path}, seed {config.run.seed}, "
             f"{f'goes on from step {start}' if start else 'from the start'} to {config.schedule.steps}\n"
             + describe_build(config, self.parallel, self.arithmetic, self.built)
             + f"data        {data}; {self.tokenizer.vocabulary:,} words\n"
             + "".join(f"    {line}\n" for line in sources)
-            + f"decoder     {self.decoder.name}: {self.decoder.why}\n"
+            + f"decoder     {decoder}\n"
             + "kernels\n"
             + "\n".join(f"    {line}" for line in explain().splitlines())
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
-from mvle.data import pairs
+from mvle.data import decoders, pairs
 from mvle.data.batch import Batch
 from mvle.data.config import DataConfig
 from mvle.data.decode import Window
@@ -26,7 +27,7 @@ from mvle.train import FINISHED, UNUSABLE, main
 
 from .data_files import encode, make_shards, number_words, pair, picture, spoil, write_shard
 from .faulty_shards import STEPS, loader_of, plan_of
-from .photos import forms, forms_for_torch
+from .photos import forms, forms_for_torch, photo
 from .small_run import SMALL
 from .small_run import write_shard as write_shapes
 from .test_data_foreign import hostile_files
@@ -145,10 +146,71 @@ def test_bad_images_get_the_same_replacements_with_both(
     assert caplog.text.count("gets replaced: its bytes are not those that were indexed") == 5
 
 
-def test_images_that_do_not_decode_any_more_are_replaced_with_both(
+def damaged_shard(folder: Path) -> tuple[ShardSet, set[str]]:
+    """48 photos, a third of them cut off, indexed without decoding; and the keys of those. Many windows lie above the
+    cut, and a decoder of windows does not look below them."""
+    members, bad = [], set()
+    for i in range(48):
+        data = encode(photo(i, 120, 60))
+        if i % 3 == 1:
+            data = data[: int(len(data) * (0.6 + 0.02 * (i % 20)))]
+            bad.add(f"p{i:02d}")
+        members.append((f"p{i:02d}", {"jpg": data, "json": pair(i)["json"]}))
+    path = write_shard(folder / "damaged.tar", members)
+    assert index_shard(path, verify=False).left_out == []
+    return ShardSet.open(str(path)), bad
+
+
+def test_damage_that_nobody_looked_for_is_met_alike_by_both_decoders_on_any_ranks(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As bytes that were wrong when they were indexed would be, where nobody had looked at the pixels."""
+    def opened() -> ShardSet:  # what a set has seen it keeps
+        return ShardSet.open(str(tmp_path / "damaged.tar"))
+
+    shards, bad = damaged_shard(tmp_path)
+    many = {"max_bad_share": 0.5}
+    torchs = batches(shards, tokenizer, "torch", data=many)
+    dalis = batches(opened(), tokenizer, "dali", data=many)
+    assert_alike(torchs, dalis)
+    assert sum(batch.replaced for batch in torchs) > len(bad)
+    assert not bad & {key for batch in dalis for key in batch.keys}
+    for start in (0, 3):
+        shares = [
+            batches(opened(), tokenizer, "dali", data=many, rank=rank, ranks=3, start_step=start) for rank in range(3)
+        ]
+        for step, parts in enumerate(zip(*shares, strict=True)):
+            assert [key for part in parts for key in part.keys] == torchs[start + step].keys
+            assert sum(part.replaced for part in parts) == torchs[start + step].replaced
+
+    monkeypatch.setattr(ShardSet, "verified", lambda *_: True)
+    unseen = batches(opened(), tokenizer, "dali", data=many)
+    assert bad & {key for batch in unseen for key in batch.keys}, "DALI alone shows some of them: they are good tests"
+
+
+def test_each_image_is_decoded_by_torch_once_before_dali_where_nobody_had(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, bad = damaged_shard(tmp_path)
+    good = {shards.key(row) for row in range(shards.images)} - bad
+    by_torch: list[str] = []
+    decode = decoders.decode_one
+    monkeypatch.setattr(decoders, "decode_one", lambda one, size: (by_torch.append(one.name), decode(one, size))[1])
+    loader = loader_of(
+        shards, tokenizer, image_size=SIZE, steps=20, config=DataConfig(decoder="dali", max_bad_share=0.5)
+    )
+    for step in range(20):  # one after the other, so that none is in flight twice before it is known
+        loader.load(step)
+    loader.close()
+    seen = Counter(name for name in by_torch if name in good)
+    assert set(seen) == good and set(seen.values()) == {1}
+    assert all(shards.verified(row) == (shards.key(row) in good) for row in range(shards.images))
+    assert shards.unverified_shards == 1
+
+
+def test_what_dali_alone_fails_is_shown_by_torch_or_replaced(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bytes would be that an older torch took for good when they were indexed."""
     shards = make_shards(tmp_path, [48])
     plan, whole = plan_of(shards), shards.image_bytes
     bad = {plan.row(2), plan.row(15), plan.row(16), plan.row(15, 1)}
@@ -163,21 +225,32 @@ def test_images_that_do_not_decode_any_more_are_replaced_with_both(
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_hostile_files_are_shown_or_left_out_and_end_no_run(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    members = []
-    for name, (data, _) in hostile_files().items():
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
+def test_hostile_files_are_shown_replaced_or_left_out_and_end_no_run(
+    tmp_path: Path, tokenizer: Tokenizer, verify: bool
+) -> None:
+    members, good = [], set()
+    for name, (data, reason) in hostile_files().items():
         key, suffix = name.partition(".")[0] + name.rpartition(".")[2], name.rpartition(".")[2]
         members.append((key, {suffix: data, "json": json.dumps({"captions": ["a picture"]}).encode()}))
+        if reason is None:
+            good.add(key)
     path = write_shard(tmp_path / "a.tar", members)
-    index_shard(path)
-    shards = ShardSet.open(str(path))
-    assert shards.images + len(shards.indexes[0].left_out) == len(members)
+    index_shard(path, verify=verify)
 
-    shown = {decoder: batches(shards, tokenizer, decoder, steps=3) for decoder in ("torch", "dali")}
+    shown, bad = {}, {}
+    for decoder in ("torch", "dali"):
+        shards = ShardSet.open(str(path))
+        with loader_of(shards, tokenizer, config=DataConfig(decoder=decoder, max_bad_share=0.5), steps=3) as loader:
+            shown[decoder], bad[decoder] = list(loader), set(loader.bad)
 
     assert_alike(shown["torch"], shown["dali"])
-    assert {key for batch in shown["dali"] for key in batch.keys} == {shards.key(row) for row in range(shards.images)}
-    assert sum(batch.replaced for batch in shown["dali"]) == 0
+    assert bad["torch"] == bad["dali"]
+    left_out = {key for key, _ in shards.indexes[0].left_out}
+    replaced = {name.partition(" ")[0] for name in bad["dali"]}
+    assert {key for batch in shown["dali"] for key in batch.keys} == good
+    assert left_out | replaced == {key for key, _ in members} - good and not left_out & replaced
+    assert bool(replaced) != verify
 
 
 def test_threads_and_prefetch_do_not_change_what_dali_gives(mixed: ShardSet, tokenizer: Tokenizer) -> None:
@@ -218,6 +291,12 @@ def test_a_run_says_which_decoder_it_has_and_why(tmp_path: Path, capsys: pytest.
     out = capsys.readouterr().out
     assert re.search(r"^decoder     dali: DALI [\d.]+ on the CPU$", out, re.MULTILINE), out
     assert "step 2/2" in out
+
+    index_shard(shard, verify=False)
+    arguments[-1] = f"run.folder={tmp_path / 'other'}"
+    assert main(["tiny", *SMALL, *arguments, "data.decoder=dali"]) == FINISHED
+    first = r" on the CPU; torch decodes each image of 1 of 1 shards first, once, since .* --no-verify$"
+    assert re.search(first, capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_run_that_cannot_have_dali_ends_before_any_step(
