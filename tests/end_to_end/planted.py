@@ -1,10 +1,12 @@
 """`python -m mvle.train` with a fault planted in it: planted.py FAULT [FAULT ...] train ARGUMENTS OF mvle.train
 
-    record:FOLDER       write down the keys of every step, one file a rank and process
+    record:FOLDER       write down the keys of every step, and the windows, flips and captions that the pairs were shown
+                        with, one file a rank and process
     nan:KEY             one value of that pair's pixels is NaN on its way into the model
     nan-after:STEP      all of them are, from that step on
     hang:RANK:STEP      the rank stops working in the middle of the step
     kill:RANK:STEP      kill -9 of the rank in the middle of the step (not again after a restart)
+    kill-loading:RANK:N kill -9 of the rank while its loader reads its Nth image
     term:RANK:STEP      SIGTERM to the rank in the middle of the step
     full-disk:STEP      from that step on no file can grow; a checkpoint is there by then
 
@@ -18,26 +20,33 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mvle.data import loader, pairs
 from mvle.data.batch import Batch
+from mvle.data.plan import Draw
+from mvle.data.shards import ShardSet
 from mvle.engine.train_step import TrainStep
 from mvle.model import image_encoder
 from mvle.train import leave, main
 
 MARK = torch.tensor([251, 7, 93], dtype=torch.uint8)
 RANK = int(os.environ.get("RANK", 0))
-patchify, backward = image_encoder.patchify, TrainStep.backward
-now = {"backward": 0}
+patchify, backward, fetch = image_encoder.patchify, TrainStep.backward, pairs.fetch
+now = {"backward": 0, "fetched": 0, "last": 0}
+lock = threading.Lock()
+draws: dict[int, Draw] = {}  # counter -> as it was fetched last
 
 
 def plant(fault: str) -> None:
     kind, *words = fault.split(":")
     if kind == "record":
+        pairs.fetch = loader.fetch = watched
         before_step(lambda self, step, batch: record(Path(words[0]), step, batch))
     elif kind == "nan":
         before_step(lambda self, step, batch: mark(batch, [i for i, key in enumerate(batch.keys) if key == words[0]]))
@@ -45,6 +54,9 @@ def plant(fault: str) -> None:
         before_step(lambda self, step, batch: mark(batch, range(len(batch) * (step + 1 >= int(words[0])))))
     elif kind == "full-disk":
         before_step(lambda self, step, batch: fill_disk(self) if step + 1 == int(words[0]) else None)
+    elif kind == "kill-loading":
+        pairs.fetch = loader.fetch = watched
+        now["last"] = int(words[1]) if int(words[0]) == RANK else 0
     elif int(words[0]) == RANK:
         TrainStep.backward = mid_step(kind, int(words[1]))  # type: ignore[method-assign]
     image_encoder.patchify = poisoned  # type: ignore[assignment]
@@ -60,10 +72,28 @@ def before_step(work: Any) -> None:
     TrainStep.__call__ = stepped  # type: ignore[method-assign]
 
 
+def watched(shards: ShardSet, draw: Draw, max_pixels: int) -> Any:
+    with lock:
+        draws[draw.counter] = draw
+        now["fetched"] += 1
+        if now["fetched"] == now["last"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return fetch(shards, draw, max_pixels)
+
+
 def record(folder: Path, step: int, batch: Batch) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    ids = batch.pair_ids.tolist()
+    with lock:
+        shown = [draws.pop(counter) for counter in ids]
     with open(folder / f"{os.getpid()}.jsonl", "a") as file:
-        row = {"step": step + 1, "rank": RANK, "keys": batch.keys, "ids": batch.pair_ids.tolist()}
+        row = {
+            "step": step + 1,
+            "rank": RANK,
+            "keys": batch.keys,
+            "ids": ids,
+            "shown": [[draw.row, *map(int, draw.window), bool(draw.flip), draw.caption] for draw in shown],
+        }
         file.write(json.dumps(row) + "\n")
 
 

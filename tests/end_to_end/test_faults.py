@@ -45,18 +45,31 @@ def outcome(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def keys_seen(folder: Path) -> dict[int, list[str]]:
-    """Step -> keys of the global batch, as the steps that count saw them: the last time that each was made."""
-    seen: dict[int, dict[int, list[str]]] = {}
+def pairs_seen(folder: Path) -> dict[int, list[tuple[str, list[int]]]]:
+    """Step -> keys of the global batch, each with row, window, flip and caption, as the steps that count saw them: the
+    last time that each was made."""
+    seen: dict[int, dict[int, tuple[str, list[int]]]] = {}
     rows = []
     for file in folder.glob("*.jsonl"):
         made = file.stat().st_mtime_ns
         rows += [(made, json.loads(line)) for line in file.read_text().splitlines() if line.endswith("}")]
     for _, row in sorted(rows, key=lambda r: r[0]):
         at = seen.setdefault(row["step"], {})
-        for pair, key in zip(row["ids"], row["keys"], strict=True):
-            at[pair] = key
+        at.update(zip(row["ids"], zip(row["keys"], row["shown"], strict=True), strict=True))
     return {step: [pairs[pair] for pair in sorted(pairs)] for step, pairs in sorted(seen.items())}
+
+
+def rot(shard: Path, image: int) -> None:
+    """Flip a byte of an image and leave the shard looking untouched."""
+    index = ShardSet.open([str(shard)]).indexes[0]
+    before = os.stat(shard)
+    with open(shard, "r+b") as file:
+        at = int(index.columns["image.offset"][image]) + int(index.columns["image.size"][image]) // 2
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 0x55]))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def losses(config: Path) -> list[list[float]]:
@@ -97,15 +110,7 @@ def test_many_steps_that_are_not_finite_stop_the_run_with_the_list_and_the_last_
 def test_bit_rot_behind_a_good_index_is_replaced_named_and_counted(tmp_path: Path) -> None:
     config = write_config(tmp_path / "rot", 8)
     shard = tmp_path / "pairs.tar"
-    index = ShardSet.open([str(shard)]).indexes[0]
-    before = os.stat(shard)
-    with open(shard, "r+b") as file:
-        at = int(index.columns["image.offset"][5]) + int(index.columns["image.size"][5]) // 2
-        file.seek(at)
-        byte = file.read(1)
-        file.seek(at)
-        file.write(bytes([byte[0] ^ 0x55]))
-    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    rot(shard, 5)
 
     code, _out, err = outcome(launch(config))
 
@@ -163,7 +168,7 @@ def test_a_hung_and_a_killed_rank_are_named_and_a_restart_goes_on(tmp_path: Path
     assert killed_code == code == 0, killed_said
     assert re.search(r"rank 1 died: no sign of life since \d+ s, last seen in '.+' of step \d", killed_said)
     assert "goes on from step 4" in killed_out
-    assert keys_seen(killed.parent / "seen") == keys_seen(straight.parent / "seen")
+    assert pairs_seen(killed.parent / "seen") == pairs_seen(straight.parent / "seen")
     assert losses(killed) == losses(straight)
 
 
@@ -185,7 +190,7 @@ def test_sigterm_on_one_rank_in_mid_step_saves_all_and_another_number_of_ranks_g
     assert code == 0 and "goes on from step 3" in out, err
     assert not mark.exists()
     assert outcome(other)[0] == 0
-    assert keys_seen(seen) == keys_seen(straight.parent / "seen")
+    assert pairs_seen(seen) == pairs_seen(straight.parent / "seen")
 
 
 def test_kills_at_random_steps_over_changing_numbers_of_ranks_lose_no_pair_and_no_step(tmp_path: Path) -> None:
@@ -207,6 +212,25 @@ def test_kills_at_random_steps_over_changing_numbers_of_ranks_lose_no_pair_and_n
 
     assert code == 0, f"{said}: {err}"
     assert outcome(other)[0] == 0
-    assert keys_seen(config.parent / "seen") == keys_seen(straight.parent / "seen"), said
+    assert pairs_seen(config.parent / "seen") == pairs_seen(straight.parent / "seen"), said
     assert [step for step, _ in losses(config)] == list(range(1, 31)), said
     shutil.rmtree(config.parent)
+
+
+def test_a_run_killed_while_it_loads_goes_on_with_the_other_decoder_and_other_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    config, straight = write_config(tmp_path / "killed", 20), write_config(tmp_path / "straight", 20)
+    rot(tmp_path / "pairs.tar", 5)
+    record = [f"record:{c.parent / 'seen'}" for c in (config, straight)]
+    dali, by_torch = ("data.decoder=dali",), ("data.decoder=torch",)
+
+    other = launch(straight, record[1], overrides=by_torch)
+    code, out, _ = outcome(launch(config, record[0], "kill-loading:1:55", ranks=2, overrides=dali))
+    assert code != 0 and "decoder     dali" in out
+    code, out, err = outcome(launch(config, record[0], overrides=by_torch))
+
+    assert code == 0, err
+    assert "decoder     torch" in out and re.search(r"goes on from step (4|8|12)\b", out), out
+    assert outcome(other)[0] == 0
+    assert pairs_seen(config.parent / "seen") == pairs_seen(straight.parent / "seen")
+    assert sum(row["replaced"] for row in read_rows(config.parent / "run" / "metrics.jsonl", "train")) > 0
