@@ -16,6 +16,7 @@ import errno
 import glob
 import logging
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -114,6 +115,12 @@ def read_bytes(file: File) -> bytes:
     return patiently(fetch, f"{file} cannot be read")
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name that nobody else has, in the folder of a file that is to be renamed when it is whole. No process number:
+    machines and containers that share a disk have the same ones."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
 def write_bytes(file: File, data: bytes) -> None:
     """Write the whole file: on a disk under a temporary name, then renamed; behind a URL as its file system writes
     (object stores show a file when it is whole). Folders are made. Raises OSError."""
@@ -125,7 +132,7 @@ def write_bytes(file: File, data: bytes) -> None:
 
         return patiently(send, f"{file} cannot be written")
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(file)
     try:
         with open(temporary, "wb") as out:
             out.write(data)

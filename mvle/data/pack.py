@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .errors import DataError
-from .files import is_url
+from .files import is_url, temporary_beside
 from .index import index_path
 from .indexing import IMAGE_SUFFIXES
 from .left_out import left_out_lines
@@ -87,7 +87,7 @@ def pack(
     report = PackReport(left_out=found.left_out + silent, notes=found.notes)
     report.unasked = {name: count for name, count in counts.items() if name not in splits}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".packing.{os.getpid()}"
+    temporary = temporary_beside(folder / "packing")
     temporary.mkdir()
     try:
         for name in splits:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import IO, NamedTuple
 
 from .errors import DataError
+from .files import temporary_beside
 from .headers import BLOCK, scan
 
 
@@ -52,7 +53,7 @@ class TarWriter:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.size = 0
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_beside(self.path)
         self._file: IO[bytes] = open(self._temporary, "wb")  # noqa: SIM115 (closed in __exit__)
 
     def __enter__(self) -> TarWriter:

@@ -19,6 +19,7 @@ from pydantic import Field
 from ..hub import HubError, cache_then_hub
 from ..section import Section
 from .errors import DataError
+from .files import temporary_beside
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # ids 0..4 of a trained vocabulary, in RoBERTa's order
 _FILE, _NOTE = "tokenizer.json", "mvle_tokenizer.json"
@@ -106,8 +107,7 @@ class Tokenizer:
         if (target / _NOTE).is_file():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = temporary_beside(target)
         temporary.mkdir()
         try:
             whole = self._backend if max_tokens is None else self._with_bos_and_eos()

@@ -22,6 +22,7 @@ from mvle.data.errors import DataError
 from mvle.data.index import index_path
 from mvle.data.indexing import IndexPlaceError, index_shard
 from mvle.data.shards import ShardSet
+from mvle.data.tar import TarWriter
 from mvle.data.tokenizer import Tokenizer
 from mvle.data.workers import Workers
 
@@ -182,6 +183,28 @@ def test_times_are_read_as_drivers_write_them(info: dict[str, Any], expected: fl
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_who_write_one_file_at_once_leave_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers on two machines share a disk and have the same process number."""
+    file, sync, others = tmp_path / "index", os.fsync, [b"short"]
+
+    def slow(number: int) -> None:
+        sync(number)
+        if others:
+            files.write_bytes(file, others.pop())
+
+    monkeypatch.setattr(files.os, "fsync", slow)
+    files.write_bytes(file, b"a longer one")
+    assert file.read_bytes() == b"a longer one"
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+    with TarWriter(tmp_path / "a.tar") as one, TarWriter(tmp_path / "a.tar") as other:
+        one.add("a.txt", b"1" * 700)
+        other.add("a.txt", b"2")
+    with TarWriter(tmp_path / "b.tar") as alone:
+        alone.add("a.txt", b"1" * 700)
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
 
 
 def test_keys_in_a_url_are_never_shown() -> None:

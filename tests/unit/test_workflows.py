@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from .documents import fences
 
@@ -80,6 +84,28 @@ def test_no_test_is_skipped_for_want_of_a_package_that_could_be_installed_with_t
 
     assert "aiohttp" in wanted
     assert (wanted | ours) - set(PINNED) == {"wandb"}
+
+
+def wanted_here(extra: str) -> Iterator[Requirement]:
+    """What an extra of the project needs on this machine."""
+    for need in map(Requirement, PROJECT["optional-dependencies"][extra]):
+        if need.name == PROJECT["name"]:
+            for other in need.extras:
+                yield from wanted_here(other)
+        elif need.marker is None or need.marker.evaluate():
+            yield need
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not the environment that `make test` sets up")
+def test_the_environment_of_make_test_lacks_nothing_that_tests_ask_for() -> None:
+    """So that none of them vanishes there, DALI's least of all."""
+    wanted = {need.name: need for need in wanted_here("test")}
+    assert {"pytest", "timm"} <= set(wanted)
+    assert ("nvidia-dali-cuda130" in wanted) == (
+        sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    )
+    found = {name: metadata.version(name) for name in wanted}
+    assert all(wanted[name].specifier.contains(version) for name, version in found.items()), found
 
 
 def test_lint_types_tests_and_a_wheel_are_looked_at() -> None:
