@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +153,21 @@ def test_a_rank_whose_interpreter_stands_still_is_named_and_ends_itself(ends: di
     assert codes([first, frozen]) == [FAILED] * 2
     assert re.search("rank 1 (is dead or stopped|died): no sign of life since", first.said)
     assert "in freeze" in frozen.said
+
+
+@pytest.mark.parametrize(
+    ("silent", "verdict"),
+    [(0.3, "hangs"), (0.7, None), (1.9, None), (2.1, "is dead or stopped: no sign of life since 2 s")],
+)
+def test_a_rank_that_was_heard_a_while_ago_is_not_yet_judged(silent: float, verdict: str | None) -> None:
+    """It may have been stopped a moment after its last word, which came from a phase that it had been in for long."""
+    watcher = object.__new__(Watch)
+    watcher.parallel = SimpleNamespace(rank=0, timeout=3.0)  # type: ignore[assignment]
+    watcher.beat, watcher.window, watcher._least = 0.3, 2.0, (7, 100.0)
+    common = {"waits": False, "seconds": 4.0, "limit": 6.0, "code": "f (a.py:1)", "process": "process 5 on a"}
+    reports = {0: {**common, "tick": 9, "where": "'voting'"}, 1: {**common, "tick": 7, "where": "'saving'"}}
+    found = watcher._judge_late(reports, {0: 0.1, 1: silent}, 106.5)
+    assert (found is None) if verdict is None else (found is not None and f"rank 1 {verdict}" in found["text"])
 
 
 def test_a_rank_that_is_stopped_is_named(ends: dict[str, list[Ending]]) -> None:
