@@ -8,7 +8,7 @@
 tests    of kernels, and those marked `gpu`                  roofs    products and copies: what no step can pass
 kernels  each op beside libraries and its floor
 step     ours against all providers, by shape and mode       profile  the step by part, kernels, where the host waits
-counts   FLOPs and graph breaks against the baseline
+counts   FLOPs and graph breaks against the baseline         fed      base from shards: how long a step waits for data
 
 Each part is a process with a time of its own, so that none can take the others with it; what does not fit into the
 whole time is skipped and said. After each part all that is known is written as JSON (device, commit, versions). On a
@@ -71,6 +71,7 @@ PARTS = (
     _step("base-256", "replace", "main", 130, ("step", "tiny", "replace", "main")),
     _step("base-256", "drop", "main", 110, ("step", "tiny", "drop", "main")),
     Part("profile", 45, ("profile", "base-256"), ("profile", "tiny")),
+    Part("fed", 90, ("fed", "base", "256", "480", "4096", "60"), ("fed", "tiny", "32", "96", "64", "6")),
     _step("base-256", "replace", "compiled", 120, ("step", "tiny", "replace", "compiled")),
     _step("base-64", "replace", "switches", 70, ("step", "tiny", "replace", "switches")),
     _step("base-256", "drop, late", "main", 30, ("step", "tiny", "drop, late", "main")),

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 from mvle.model.model import MaskVLM
 
 from .counts import BASELINE, differences, release, step_counts
+from .fed import fed, told
 from .kernel_report import kernel_table
+from .loader_data import make_shards
 from .measure import copy_roof, matmul_roof, parts_of, seconds, wait
 from .nosync import RefuseSyncs, SyncError
 from .providers import dtype_on, ours
@@ -215,7 +218,25 @@ def counts(answer: Answer) -> None:
     answer({"status": "done", "say": [f"{what}: as the baseline"]})
 
 
-PARTS = {"tests": tests, "roofs": roofs, "kernels": kernel_rows, "step": step, "profile": profiled, "counts": counts}
+def waits(answer: Answer, config: str, pairs: str, side: str, images: str, steps: str) -> None:
+    """benchmarks/fed.py: how much faster the loader is than the step, and how much of the time a run waits for it."""
+    with tempfile.TemporaryDirectory(prefix="fed-") as name:
+        shards = make_shards(Path(name) / "photos", int(side), int(images), min(64, int(images)))
+        rows: list[dict[str, Any]] = []
+        for decoder in ("dali", "torch"):
+            rows += fed(config, shards, Path(name), int(pairs), int(steps), max(1, int(steps) // 6), [decoder])
+            answer({"status": "done", "fed": rows, "say": told(rows)})
+
+
+PARTS = {
+    "tests": tests,
+    "roofs": roofs,
+    "kernels": kernel_rows,
+    "step": step,
+    "profile": profiled,
+    "fed": waits,
+    "counts": counts,
+}
 
 
 def main(arguments: list[str]) -> None:

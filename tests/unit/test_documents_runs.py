@@ -42,6 +42,7 @@ NOT_RUN = {
     r"python -m benchmarks\.counts( --write)?": "counts for half a minute: tests/unit/test_step_counts.py does so; "
     "--write changes the baseline",
     r"python -m benchmarks\.gpu --exercise": "makes every part of `make gpu`, for minutes",
+    r"python -m benchmarks\.fed": "trains base; tests/unit/test_loader_benchmark.py has a toy of it",
     r"python -m benchmarks\.quality tiny": "trains a dozen whole runs; tests/unit/test_quality.py makes short ones",
     r"python -m benchmarks\.loader( --write)?": "measures for minutes, and writes what it measured: "
     "tests/unit/test_loader_benchmark.py runs it at toy size",

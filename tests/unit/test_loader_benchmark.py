@@ -14,10 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import loader, loader_report
+from benchmarks import fed, loader, loader_report
 from benchmarks.loader import Turn, measure, rows_of, take_turn
 from benchmarks.loader_data import PhotoShards, jpeg, make_shards, photo
 from benchmarks.peers.loaders import LOADERS, PILLOW, TORCHVISION, Missing, Setup
+from mvle.engine.metrics import read_rows
+
+from .small_run import SMALL
 
 TOY = Setup(batch=4, workers=2, size=16)
 
@@ -130,3 +133,19 @@ def test_the_table_shows_ratios_with_their_spread_and_what_was_not_measured() ->
     assert "60 KiB" in text and "9.0 microseconds a pair" in text and "Not measured: DALI: gone." in text
     assert "pillow 1" in text and "x None" not in text
     assert loader_report.written(None) == loader_report.NOT_MEASURED
+
+
+def test_a_run_that_is_fed_tells_how_it_waits_beside_what_its_loader_gives(
+    shards: PhotoShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mvle.data.decoders._find_dali", lambda: (None, "DALI is not installed: pip install …"))
+    small = [one for one in SMALL if not one.startswith(("evaluation", "schedule", "checkpoint"))]
+    dali, by_torch = fed.fed("tiny", shards, tmp_path, 8, 4, 2, ["dali", "torch"], small)
+
+    assert "DALI is not installed" in dali["skipped"] and "skipped" in fed.told([dali])[0]
+    (_, last) = read_rows(tmp_path / "torch" / "metrics.jsonl", "train")
+    assert (by_torch["data_wait"], by_torch["pairs/s"]) == (last["data_wait"], last["pairs/s"])
+    assert by_torch["loader_pairs_per_second"] > 0 and by_torch["why"] == "torch: data.decoder=torch"
+    assert fed.told([by_torch])[0].startswith("tiny, 8 pairs of 40 px, torch, 2 threads: loader alone ")
+    with pytest.raises(RuntimeError, match="the run has one row alone"):
+        fed.fed("tiny", shards, tmp_path / "short", 8, 2, 2, ["torch"], small)
