@@ -100,13 +100,24 @@ class ShardCache:
     @contextlib.contextmanager
     def _locked(self, place: Path, wait: bool = True) -> Iterator[bool]:
         """Alone with a place; False where somebody else is, and nobody waits."""
-        with open(f"{place}{_LOCK}", "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+        name = f"{place}{_LOCK}"
+        while True:
+            with open(name, "a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    yield False
+                    return
+                if _is_at(name, lock.fileno()):
+                    yield True
+                    return
+            # it went with a shard that was let go, after it was opened here: the next one is alone with another file
+
+    def _forget(self, place: Path) -> None:
+        """Remove the lock of a shard that was let go, unless somebody has it to fetch the shard again."""
+        with self._locked(place, wait=False) as held:
+            if held:
+                Path(f"{place}{_LOCK}").unlink(missing_ok=True)
 
     def _fetch(self, file: RemoteFile, size: int, place: Path) -> None:
         part = Path(f"{place}{_PART}")
@@ -146,6 +157,7 @@ class ShardCache:
                 if used + size <= self.limit:
                     break
                 path.unlink(missing_ok=True)
+                self._forget(path)
                 used -= there[path].st_size
             if used + size > self.limit:
                 raise OSError(errno.ENOSPC, f"{used:,} bytes are on their way into the cache of {self.limit:,}")
@@ -156,9 +168,12 @@ class ShardCache:
     def _sweep(self) -> None:
         """Remove what a process left that died while it fetched."""
         for part in self.folder.glob(f"*{_PART}"):
-            with self._locked(part.with_name(part.name.removesuffix(_PART)), wait=False) as held:
+            place = part.with_name(part.name.removesuffix(_PART))
+            with self._locked(place, wait=False) as held:
                 if held:
                     part.unlink(missing_ok=True)
+            if held and not place.is_file():
+                self._forget(place)
 
     def _files(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if path.suffix != _LOCK and path.is_file()]
@@ -169,3 +184,11 @@ class ShardCache:
         if first:
             log.warning("%s is not kept in data.cache_folder=%s, but read by parts: %s", file, self.folder, why)
         return open_ranges(file)
+
+
+def _is_at(name: str, number: int) -> bool:
+    """Whether an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(number), os.stat(name))
+    except FileNotFoundError:
+        return False

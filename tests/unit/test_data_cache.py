@@ -92,6 +92,27 @@ def test_what_was_opened_longest_ago_leaves_and_its_readers_keep_it(tmp_path: Pa
     cache.open(files[3])
     assert kept(tmp_path) == ["c.tar", "d.tar"]
     assert [ranges.read(0, 1) for ranges in opened] == [b"a", b"b", b"a", b"c"]
+    locks = [path.name.removesuffix(".lock").partition("-")[2] for path in tmp_path.glob("*.lock")]
+    assert sorted(locks) == ["", "c.tar", "d.tar"]  # and that of the room
+
+
+def test_who_waited_for_a_lock_that_went_with_its_shard_takes_the_one_that_is_there(tmp_path: Path) -> None:
+    cache, place = ShardCache(tmp_path, SIZE), tmp_path / "a.tar"
+    waiting, found = threading.Event(), []
+
+    def wait() -> None:
+        waiting.set()
+        with cache._locked(place) as held:
+            found.append((held, Path(f"{place}.lock").is_file()))
+
+    with cache._locked(place):
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        waiting.wait(10)
+        time.sleep(0.05)  # it has opened the file
+        Path(f"{place}.lock").unlink()
+    waiter.join(10)
+    assert found == [(True, True)]
 
 
 def test_a_file_that_was_replaced_is_fetched_again(tmp_path: Path, files: list[RemoteFile]) -> None:
