@@ -148,8 +148,10 @@ class ShardCache:
             self._sweep()
             there: dict[Path, os.stat_result] = {}
             for path in self._files():
-                with contextlib.suppress(FileNotFoundError):  # what was on its way may just have become whole
-                    there[path] = path.stat()
+                for name in (path, path.with_name(path.name.removesuffix(_PART))):  # it may just have become whole
+                    with contextlib.suppress(FileNotFoundError):
+                        there[name] = name.stat()
+                        break
             there.pop(place, None)
             used = sum(stat.st_size for stat in there.values())
             whole = sorted((p for p in there if p.suffix != _PART), key=lambda p: there[p].st_mtime_ns)

@@ -96,6 +96,21 @@ def test_what_was_opened_longest_ago_leaves_and_its_readers_keep_it(tmp_path: Pa
     assert sorted(locks) == ["", "c.tar", "d.tar"]  # and that of the room
 
 
+def test_what_becomes_whole_while_room_is_made_takes_room(
+    tmp_path: Path, files: list[RemoteFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ShardCache(tmp_path, 2 * SIZE)
+    for file in files[:2]:
+        cache.open(file)
+        time.sleep(0.01)
+    listed = cache._files()
+    assert len(listed) == 2
+    before = [listed[0], listed[1].with_name(f"{listed[1].name}.part")]  # as another process had it a moment ago
+    monkeypatch.setattr(cache, "_files", lambda: before)
+    cache.open(files[2])
+    assert len(kept(tmp_path)) == 2 and "c.tar" in kept(tmp_path)
+
+
 def test_who_waited_for_a_lock_that_went_with_its_shard_takes_the_one_that_is_there(tmp_path: Path) -> None:
     cache, place = ShardCache(tmp_path, SIZE), tmp_path / "a.tar"
     waiting, found = threading.Event(), []
