@@ -13,7 +13,6 @@ from ..config_keys import NamedMistakes, checked, shown
 from ..section import Section
 from .augment_config import AugmentConfig
 from .cache import ShardCache
-from .decode import MAX_PIXELS
 from .errors import DataError
 from .index import ShardIndex
 from .shards import ShardSet
@@ -91,7 +90,6 @@ class DataConfig(Section):
     cache_gib: float = Field(
         100, gt=0, allow_inf_nan=False, description="most that is kept there, GiB; what was used longest ago leaves"
     )
-    max_pixels: int = Field(MAX_PIXELS, ge=1, description="larger images are left out when a shard is indexed")
     max_bad_share: float = Field(
         0.01,
         ge=0,

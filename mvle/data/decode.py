@@ -70,7 +70,12 @@ def decode_window(data: bytes, window: Window | None, flip: bool, size: int, max
     window = (y, x, height, width) in displayed pixels, inside the image; None: the largest centred square.
     flip mirrors left and right afterwards. Raises DecodeError; ValueError for a window that leaves the image.
     """
-    pixels = crop(examine_image(data, max_pixels)[1], window)
+    return show_window(examine_image(data, max_pixels)[1], window, flip, size)
+
+
+def show_window(pixels: Pixels, window: Window | None, flip: bool, size: int) -> Pixels:
+    """A window of an upright image, as `decode_window` gives it. Raises ValueError for one that leaves the image."""
+    pixels = crop(pixels, window)
     if pixels.shape[:2] != (size, size):
         pixels = _resize(pixels, size)
     return np.ascontiguousarray(pixels[:, ::-1] if flip else pixels)
@@ -121,7 +126,8 @@ def examine_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[ImageInfo,
 
 def identify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     """What examine_image says of a good image, from its header where that tells (JPEG, PNG, WebP, BMP); an image of
-    another format is decoded. Damage behind the header is not seen. Raises DecodeError."""
+    another format is decoded, and so is a PNG with more behind its pixels than their end: an EXIF block there turns it.
+    Damage behind the header is not seen. Raises DecodeError."""
     if data[:3] == b"\xff\xd8\xff":
         header = jpeg_header(data)
         if header is None:
@@ -132,7 +138,8 @@ def identify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
             width, height = height, width
         return ImageInfo("jpeg", width, height, orientation, precision, components)
     if data[:8] == b"\x89PNG\r\n\x1a\n":
-        _check_png(data, max_pixels)
+        if not _check_png(data, max_pixels):
+            return examine_image(data, max_pixels)[0]
     elif not (data[:4] == b"RIFF" and data[8:12] == b"WEBP") and data[:2] != b"BM":
         return examine_image(data, max_pixels)[0]
     return _by_pillow(data, max_pixels, None, None, lambda image: None)[0]
@@ -223,20 +230,23 @@ def upright(pixels: Pixels, orientation: int) -> Pixels:
 # --- everything else -------------------------------------------------------------------------------------------------
 
 
-def _check_png(data: bytes, max_pixels: int) -> None:
-    """Every chunk there, in one piece, up to the end mark. Pillow alone would show a cut file as if it were whole."""
+def _check_png(data: bytes, max_pixels: int) -> bool:
+    """Every chunk there, in one piece, up to the end mark. Pillow alone would show a cut file as if it were whole.
+    Returns whether its pixels are the last that it has."""
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise DecodeError("a PNG without a header")
     width, height = struct.unpack_from(">II", data, 16)
     _check_bound(width, height, max_pixels)
-    position = 8
+    position, pixels, last = 8, False, True
     while position + 12 <= len(data):
         length = int.from_bytes(data[position : position + 4], "big")
         kind = data[position + 4 : position + 8]
         if not (kind.isalpha() and kind.isascii()):
             raise DecodeError(f"a PNG damaged at byte {position}: no chunk begins there")
         if kind == b"IEND":
-            return
+            return last
+        last = last and (kind == b"IDAT" or not pixels)
+        pixels = pixels or kind == b"IDAT"
         position += 12 + length
     raise DecodeError(f"a PNG cut off: it ends after {len(data)} bytes without its end mark")
 
@@ -328,7 +338,7 @@ def _stored(image: Any, data: bytes) -> tuple[int, int]:
 
 def _check_bound(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise PixelBoundError(f"{width} x {height} pixels are over the bound of {max_pixels} (data.max_pixels)")
+        raise PixelBoundError(f"{width} x {height} pixels are over the bound of {max_pixels}")
     if width * height == 0:
         raise DecodeError(f"a picture without pixels: {width} x {height}")
 

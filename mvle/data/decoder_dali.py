@@ -1,7 +1,9 @@
 """DALI decodes: nvJPEG and its decoding engine on a GPU, and the same graph on a CPU where there is none.
 
 Our own bytes go in (external_source), a window is decoded, resized and mirrored by DALI, and uint8 pixels come out.
-DALI sees no file, no epoch and no random number: all of that is the plan's.
+DALI sees no file, no epoch and no random number: all of that is the plan's. Nor is it asked how an image is turned: it
+reads EXIF otherwise than decode.py (LONG entries, several blocks, one behind the frame header), so it is given the
+window as the image is stored, and the index says how to turn what comes out.
 
     what DALI is not given    GIF and other formats than JPEG, PNG and WebP; more or less than 8 bits; transparency,
                               palettes with it, CMYK; WebP files with more than an image in them. The torch decoder
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor
 
 from .counts import Counts
-from .decode import Pixels
+from .decode import ImageInfo, Pixels, Window
 from .decoders import Decoded, Encoded, TorchDecoder, gpu_number
 from .errors import DataError
 
@@ -46,13 +48,37 @@ _MANY = 4  # so many images of a batch are not all odd ones
 
 def dali_reads(image: Encoded) -> bool:
     """Whether DALI is given an image: it decodes it as decode.py does, as far as index and header tell."""
-    if image.bit_depth != 8 or image.channels not in _CHANNELS:
+    info = image.info
+    if info.bit_depth != 8 or info.channels not in _CHANNELS:
         return False
-    if image.format == "png":  # tRNS: one colour, or entries of a palette, are transparent
-        return b"tRNS" not in image.data[: image.data.find(b"IDAT")]
-    if image.format == "webp":  # VP8X: animation, alpha or an EXIF block, which DALI 2.4 cannot always parse
+    if info.format == "png":  # tRNS: one colour, or entries of a palette, are transparent
+        return b"tRNS" not in image.data
+    if info.format == "webp":  # VP8X: animation, alpha or an EXIF block, which DALI 2.4 cannot always parse
         return image.data[12:16] != b"VP8X"
-    return image.format == "jpeg"
+    return info.format == "jpeg"
+
+
+class Stored(NamedTuple):
+    """How a displayed window is made from the image as it is stored: cut out, mirrored, and its axes exchanged."""
+
+    window: Window  # y, x, height, width in stored pixels
+    horizontal: bool
+    vertical: bool
+    turned: bool  # height and width exchanged, after the mirrors
+
+
+def stored(window: Window, flip: bool, info: ImageInfo) -> Stored:
+    """The way from a stored image to a displayed window of it, mirrored where `flip` says so. The other way round than
+    decode.upright, which exchanges axes first."""
+    y, x, height, width = window
+    vertical, horizontal = info.orientation in (3, 4, 7, 8), info.orientation in (2, 3, 6, 7)
+    if vertical:
+        y = info.height - y - height
+    if horizontal:
+        x = info.width - x - width
+    if info.orientation < 5:
+        return Stored((y, x, height, width), horizontal != flip, vertical, False)
+    return Stored((x, y, width, height), vertical, horizontal != flip, True)
 
 
 class _Flight(NamedTuple):
@@ -84,7 +110,7 @@ class DaliDecoder:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pipeline: Any = None  # built when it is needed, by the thread that uses it
         self._flying: deque[_Flight] = deque()
-        self._refused: set[str] = set()  # names of images that torch reads and DALI does not
+        self._refused: set[int] = set()  # rows of images that torch reads and DALI does not
 
     def start(self) -> None:
         """Start the threads for what DALI is not given."""
@@ -98,7 +124,7 @@ class DaliDecoder:
     def submit(self, images: Sequence[Encoded | None], size: int) -> None:
         """Begin with a batch. Waits until torch has decoded what nobody decoded before, while DALI is at the batch
         before."""
-        mine = [image is not None and dali_reads(image) and image.name not in self._refused for image in images]
+        mine = [image is not None and dali_reads(image) and image.row not in self._refused for image in images]
         bad = self._verify([image if is_mine else None for image, is_mine in zip(images, mine, strict=True)], size)
         dali = [i for i, is_mine in enumerate(mine) if is_mine and i not in bad]
         others = [i for i, is_mine in enumerate(mine) if not is_mine or i in bad]
@@ -117,7 +143,7 @@ class DaliDecoder:
             return Decoded(rest.images.to(self._device), failed)
         try:
             with self._counts.timed("decode"):
-                pixels = self._take()
+                pixels = self._take(flight.given())
         except RuntimeError as error:
             pixels, bad = self._recover(flight, error)
             failed |= {flight.dali[k]: reason for k, reason in bad.items()}
@@ -152,7 +178,8 @@ class DaliDecoder:
             return
         if self._pipeline is None:
             self._pipeline = self._build()
-        rows = [[*image.window, image.flip, size, size] for image in images]
+        ways = [stored(image.window, image.flip, image.info) for image in images]
+        rows = [[*way.window, way.horizontal, way.vertical, size, size] for way in ways]
         self._pipeline.feed_input("encoded", [np.frombuffer(image.data, np.uint8) for image in images])
         self._pipeline.feed_input("shown", np.array(rows, np.int32))
         self._pipeline.schedule_run()
@@ -160,12 +187,15 @@ class DaliDecoder:
     def _build(self) -> Any:
         return _build(self._batch, self._threads, self.ahead, self._device)
 
-    def _take(self) -> Tensor:
+    def _take(self, images: Sequence[Encoded]) -> Tensor:
         """The pixels of the oldest images fed, uint8 [n, size, size, 3], complete. Raises RuntimeError."""
+        turned = [k for k, image in enumerate(images) if stored(image.window, image.flip, image.info).turned]
         pipeline = self._pipeline
         (shown,) = pipeline.share_outputs()  # waits until DALI has written them
         with self._on_stream():
             pixels = torch.from_dlpack(shown.as_tensor()).clone()
+            if turned:
+                pixels[turned] = pixels[turned].transpose(1, 2)
         pipeline.release_outputs()  # DALI may write there again
         return pixels
 
@@ -186,7 +216,7 @@ class DaliDecoder:
             self._pipeline = self._build()  # what fails here is no image's fault
         try:
             self._feed(images, size)
-            return self._take()
+            return self._take(images)
         except RuntimeError:
             self._pipeline = None
             return None
@@ -221,13 +251,13 @@ class DaliDecoder:
             ) from error
         for k in refused:
             log.warning("DALI does not read image %s (%s): torch shows it.", images[k].name, _reason(error))
-            self._refused.add(images[k].name)
+            self._refused.add(images[k].row)
         return [k for k in good if k not in refused]
 
 
 def _build(batch: int, threads: int, depth: int, device: torch.device) -> Any:
-    """A pipeline with inputs `encoded` (uint8 [n] each) and `shown` (int32 [7] each: y, x, height, width, flip, size,
-    size); one output, uint8 [size, size, 3]."""
+    """A pipeline with inputs `encoded` (uint8 [n] each) and `shown` (int32 [8] each: y, x, height, width as stored, how
+    to mirror left and right, up and down, size, size); one output, uint8 [size, size, 3], its axes as stored."""
     from nvidia.dali import Pipeline, fn, types
 
     gpu = device.type == "cuda"
@@ -245,21 +275,21 @@ def _build(batch: int, threads: int, depth: int, device: torch.device) -> Any:
             shown[0:2],
             shown[2:4],
             axis_names="HW",
-            adjust_orientation=True,
+            adjust_orientation=False,
             output_type=types.RGB,
             jpeg_fancy_upsampling=True,  # as libjpeg-turbo does
             device="mixed" if gpu else "cpu",
         )
         images = fn.resize(
-            images, size=fn.cast(shown[5:7], dtype=types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True
+            images, size=fn.cast(shown[6:8], dtype=types.FLOAT), interp_type=types.INTERP_LINEAR, antialias=True
         )
-        pipeline.set_outputs(fn.flip(images, horizontal=shown[4]))
+        pipeline.set_outputs(fn.flip(images, horizontal=shown[4], vertical=shown[5]))
     pipeline.build()
     # The first schedule_run begins as many batches as the pipeline holds, so all of them must be there: small ones.
     small = np.frombuffer(_small_jpeg(), np.uint8)
     for _ in range(depth):
         pipeline.feed_input("encoded", [small])
-        pipeline.feed_input("shown", np.array([[0, 0, 8, 8, 0, 8, 8]], np.int32))
+        pipeline.feed_input("shown", np.array([[0, 0, 8, 8, 0, 0, 8, 8]], np.int32))
     pipeline.schedule_run()
     for _ in range(depth):
         pipeline.share_outputs()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .counts import Counts
-from .decode import DecodeError, Pixels, Window, decode_window
+from .decode import DecodeError, ImageInfo, Pixels, Window, examine_image, show_window
 from .errors import DataError
 from .workers import Workers
 
@@ -36,19 +36,16 @@ INSTALL = "pip install 'mvle[dali]'"
 class Encoded:
     """One image to be shown.
 
-    name: for messages · window (y, x, height, width): displayed pixels · max_pixels: larger ones are bad ·
-    format (a name of decode.FORMATS), bit_depth, channels: as the index has them · verified: torch decoded these bytes
-    before, and they are good.
+    row: which of its set · name: for messages · window (y, x, height, width): displayed pixels · info: as the index has
+    it · verified: torch decoded these bytes before, and they are good.
     """
 
+    row: int
     name: str
     data: bytes
     window: Window
     flip: bool
-    max_pixels: int
-    format: str
-    bit_depth: int
-    channels: int
+    info: ImageInfo
     verified: bool = True
 
 
@@ -89,8 +86,13 @@ class Decoder(Protocol):
 
 
 def decode_one(image: Encoded, size: int) -> Pixels:
-    """uint8 [size, size, 3]. Raises DecodeError."""
-    return decode_window(image.data, image.window, image.flip, size, image.max_pixels)
+    """uint8 [size, size, 3]. Raises DecodeError, also for an image of another size than it had when it was indexed."""
+    width, height = image.info.width, image.info.height
+    # The index holds whatever passed the bound of its own day; the bytes are the same, so a larger one is no news.
+    info, pixels = examine_image(image.data, width * height)
+    if (info.width, info.height) != (width, height):
+        raise DecodeError(f"it has {info.width} x {info.height} pixels, and its index says {width} x {height}")
+    return show_window(pixels, image.window, image.flip, size)
 
 
 class Pieces:

@@ -10,8 +10,8 @@ import torch
 
 from .bad_images import BadImageError
 from .batch import Batch
-from .decode import MAX_PIXELS, centred_square, decode_mask_window
-from .pairs import assemble, read_window
+from .decode import decode_mask_window
+from .pairs import assemble, centred, read_window
 from .plan import Draw
 from .shards import ShardSet
 from .tokenizer import Tokenizer
@@ -33,14 +33,14 @@ def evaluation_batch(
     extras: also "objects" (uint8 [B, image_size, image_size], 1 = a pixel of an object; left out where a pair has no
     objects.png) and "scene" (list of dict or None; positions moved with the crop). Raises BadImageError with the key.
     """
-    draws = []
-    for row, caption in zip(rows, caption_indices, strict=True):
-        window = centred_square(*shards.size(int(row)))
-        draws.append(Draw(int(row), int(row), int(caption), window, False, float(image_ratio), (0, 0, 0, 0)))
+    draws = [
+        centred(shards, int(row), int(caption), float(image_ratio))
+        for row, caption in zip(rows, caption_indices, strict=True)
+    ]
     images = np.empty((len(draws), image_size, image_size, 3), np.uint8)
     for i, draw in enumerate(draws):
         try:
-            images[i] = read_window(shards, draw, image_size, MAX_PIXELS)
+            images[i] = read_window(shards, draw, image_size)
         except BadImageError as error:
             raise BadImageError(f"{shards.name(draw.row)} in {shards.shard_path(draw.row)}: {error}") from error
     ids, _ = tokenizer.encode([shards.caption(draw.row, draw.caption) for draw in draws], max_tokens)

@@ -199,7 +199,7 @@ def _examine(
     except CaptionError as error:
         return group.key, f"no caption: {error}{_origin(texts)}"
     except PixelBoundError as error:
-        return group.key, f"over the pixel bound: {error}{_origin(texts)}"
+        return group.key, f"over the pixel bound: {error} (--max-pixels){_origin(texts)}"
     except DecodeError as error:
         return group.key, f"undecodable: {error}{_origin(texts)}"
     extras = {s: member for s, member in parts.items() if s != suffix}

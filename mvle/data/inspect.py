@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from .bad_images import BadImageError
 from .captions import NAMES_COLOUR, NO_FLIP
-from .decode import FORMATS, MAX_PIXELS, DecodeError, centred_square, decode_window
+from .decode import FORMATS
 from .left_out import left_out_lines, printable
+from .pairs import centred, read_window
 from .shards import ShardSet
 
 _BAR = 40  # characters of the longest bar
@@ -43,12 +45,10 @@ def contact_sheet(shards: ShardSet, path: str | os.PathLike[str], rows: int = 4,
     for i in range(count):
         row = i * shards.images // count
         left, top = 8 + (i % columns) * (_TILE + 8), 8 + (i // columns) * height
-        window = centred_square(*shards.size(row))
         try:
-            pixels = decode_window(shards.image_bytes(row), window, False, _TILE, max(MAX_PIXELS, window[2] ** 2 * 4))
-            sheet.paste(Image.fromarray(pixels), (left, top))
+            sheet.paste(Image.fromarray(read_window(shards, centred(shards, row, 0), _TILE)), (left, top))
             text = shards.caption(row, 0)
-        except DecodeError as error:
+        except BadImageError as error:
             text = f"{shards.key(row)}: {error}"
         wrapped = textwrap.wrap(text, 32)[:_TEXT_LINES]
         printable = "\n".join(wrapped).encode("latin-1", "replace").decode("latin-1")  # what the built-in font has

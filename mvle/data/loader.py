@@ -273,7 +273,7 @@ class Loader:
         with self.counts.timed("read"):
             for draw in draws:
                 try:
-                    found.append(fetch(self.shards, draw, self.config.max_pixels))
+                    found.append(fetch(self.shards, draw))
                 except BadImageError as error:
                     found.append(error)
         self.counts.add(bytes=sum(len(image.data) for image in found if isinstance(image, Encoded)))
@@ -313,7 +313,7 @@ class Loader:
             self._bad.note(bad, str(error))
             other = self.plan.replacement(draw.counter, attempt)
             try:
-                return other, read_window(self.shards, other, size, self.config.max_pixels)
+                return other, read_window(self.shards, other, size)
             except BadImageError as again:
                 bad, error = other.row, again
         raise DataError(f"{self._whose}{_ATTEMPTS} images in a row cannot be read.\n{self._bad.listed()}")

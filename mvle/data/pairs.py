@@ -12,44 +12,36 @@ from mvle_kernels import Packed
 from .augment import plan_words
 from .bad_images import BadImageError
 from .batch import Batch
-from .decode import FORMATS, DecodeError, Pixels
+from .decode import DecodeError, Pixels, centred_square
 from .decoders import Encoded, decode_one
 from .plan import Draw
 from .shards import ShardSet
 
 
-def fetch(shards: ShardSet, draw: Draw, max_pixels: int) -> Encoded:
+def fetch(shards: ShardSet, draw: Draw) -> Encoded:
     """The bytes of a draw's image and how it is to be shown. Raises BadImageError where they changed, DataError where
     the shard is not the file that was opened."""
     data = shards.image_bytes(draw.row)
     if zlib.crc32(data) != shards.image_crc32(draw.row):
         shards.check_shard(draw.row)  # another file, or bad bytes in the right one?
         raise BadImageError("its bytes are not those that were indexed (checksum)")
-    shard, i = shards.locate(draw.row)
-    columns = shards.indexes[shard].columns
-    # The index holds whatever passed the bound of its own day; the bytes are the same, so a larger one is no news.
-    width, height = shards.size(draw.row)
-    return Encoded(
-        name=shards.name(draw.row),
-        data=data,
-        window=draw.window,
-        flip=draw.flip,
-        max_pixels=max(max_pixels, width * height),
-        format=FORMATS[columns["format"][i]],
-        bit_depth=int(columns["bit_depth"][i]),
-        channels=int(columns["channels"][i]),
-        verified=shards.verified(draw.row),
-    )
+    name, info, verified = shards.name(draw.row), shards.image_info(draw.row), shards.verified(draw.row)
+    return Encoded(draw.row, name, data, draw.window, draw.flip, info, verified)
 
 
-def read_window(shards: ShardSet, draw: Draw, size: int, max_pixels: int) -> Pixels:
+def read_window(shards: ShardSet, draw: Draw, size: int) -> Pixels:
     """The drawn window: uint8 [size, size, 3]. Raises BadImageError where the bytes changed or do not decode, DataError
     where the shard is not the file that was opened."""
-    image = fetch(shards, draw, max_pixels)
+    image = fetch(shards, draw)
     try:
         return decode_one(image, size)
     except DecodeError as error:
         raise BadImageError(str(error)) from error
+
+
+def centred(shards: ShardSet, row: int, caption: int, ratio: float = 0.0) -> Draw:
+    """A pair as it is: the largest centred square of its image, no flip."""
+    return Draw(row, row, caption, centred_square(*shards.size(row)), False, ratio, (0, 0, 0, 0))
 
 
 def assemble(

@@ -14,6 +14,7 @@ import numpy as np
 
 from .cache import ShardCache
 from .captions import bytes_id
+from .decode import FORMATS, ImageInfo
 from .errors import DataError
 from .files import File, open_ranges, status
 from .index import ShardIndex, open_indexes, shard_changed
@@ -128,6 +129,13 @@ class ShardSet:
         shard, i = self.locate(row)
         columns = self.indexes[shard].columns
         return int(columns["width"][i]), int(columns["height"][i])
+
+    def image_info(self, row: int) -> ImageInfo:
+        """What the image is, as its index says."""
+        shard, i = self.locate(row)
+        columns = self.indexes[shard].columns
+        numbers = (int(columns[name][i]) for name in ("width", "height", "orientation", "bit_depth", "channels"))
+        return ImageInfo(FORMATS[columns["format"][i]], *numbers)
 
     def image_id(self, row: int) -> int:
         """Hash of the image's bytes, int64."""

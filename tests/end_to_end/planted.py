@@ -72,13 +72,13 @@ def before_step(work: Any) -> None:
     TrainStep.__call__ = stepped  # type: ignore[method-assign]
 
 
-def watched(shards: ShardSet, draw: Draw, max_pixels: int) -> Any:
+def watched(shards: ShardSet, draw: Draw) -> Any:
     with lock:
         draws[draw.counter] = draw
         now["fetched"] += 1
         if now["fetched"] == now["last"]:
             os.kill(os.getpid(), signal.SIGKILL)
-    return fetch(shards, draw, max_pixels)
+    return fetch(shards, draw)
 
 
 def record(folder: Path, step: int, batch: Batch) -> None:

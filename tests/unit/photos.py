@@ -3,6 +3,9 @@ in every form that a shard may hold."""
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 from PIL import Image
 
@@ -37,7 +40,37 @@ def forms(height: int = 149, width: int = 211) -> dict[str, bytes]:
     for orientation in range(1, 9):
         found[f"jpeg, orientation {orientation}"] = oriented(pixels, orientation, subsampling=2)
         found[f"png, orientation {orientation}"] = oriented(pixels, orientation, "PNG")
-    return found
+    return found | oddly_turned(pixels)
+
+
+def tiff(orientation: int, order: str = "<", kind: int = 3, magic: int = 42) -> bytes:
+    """An EXIF block with an orientation alone. kind: 3 SHORT, 4 LONG."""
+    value = struct.pack(order + ("HH" if kind == 3 else "I"), orientation, *([0] if kind == 3 else []))
+    start = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HI", magic, 8)
+    return start + struct.pack(order + "HHHI", 1, 0x0112, kind, 1) + value + bytes(4)
+
+
+def oddly_turned(pixels: np.ndarray) -> dict[str, bytes]:
+    """Orientations in forms that Pillow does not write, and that readers of EXIF understand differently."""
+    plain, png = encode(pixels, subsampling=2), encode(pixels, "PNG")
+
+    def app1(block: bytes) -> bytes:
+        return b"\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block
+
+    def chunk(block: bytes) -> bytes:
+        return struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
+
+    scan = plain.index(b"\xff\xda")
+    return {
+        "jpeg, orientation as LONG": plain[:2] + app1(tiff(6, kind=4)) + plain[2:],
+        "jpeg, orientation as LONG, big-endian": plain[:2] + app1(tiff(8, ">", 4)) + plain[2:],
+        "jpeg, two orientations": plain[:2] + app1(tiff(1)) + app1(tiff(6)) + plain[2:],
+        "jpeg, two other orientations": plain[:2] + app1(tiff(3)) + app1(tiff(7)) + plain[2:],
+        "jpeg, orientation behind the frame header": plain[:scan] + app1(tiff(5)) + plain[scan:],
+        "jpeg, orientation under a bad number": plain[:2] + app1(tiff(4, magic=41)) + plain[2:],
+        "png, orientation as LONG, big-endian": png[:33] + chunk(tiff(6, ">", 4)) + png[33:],
+        "png, orientation behind the pixels": png[:-12] + chunk(tiff(6)) + png[-12:],
+    }
 
 
 def forms_for_torch() -> dict[str, bytes]:

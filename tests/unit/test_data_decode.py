@@ -130,7 +130,7 @@ def test_bytes_that_are_no_image_are_refused_with_their_beginning() -> None:
 
 def test_the_pixel_bound_is_checked_on_the_header_alone() -> None:
     bomb = png(60_000, 60_000, b"")  # 10.8 GB once decoded
-    with pytest.raises(PixelBoundError, match=r"60000 x 60000 pixels .*data\.max_pixels"):
+    with pytest.raises(PixelBoundError, match=r"60000 x 60000 pixels are over the bound of 64000000"):
         decode_image(bomb)
 
 

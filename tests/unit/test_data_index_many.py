@@ -24,6 +24,7 @@ from mvle.data.tar import members
 from mvle.data.wds2idx import read_wds2idx, write_wds2idx
 
 from .data_files import encode, oriented, pair, picture, write_shard
+from .photos import forms, forms_for_torch
 
 
 def shards(folder: Path, count: int, pairs: int = 3) -> list[Path]:
@@ -94,6 +95,12 @@ def test_a_header_tells_what_decoding_tells(form: str, orientation: int) -> None
     if form in ("BMP", "GIF") and orientation > 1:
         pytest.skip(f"{form} has no EXIF")
     data = encode(picture(), form) if orientation == 1 else oriented(picture(), orientation, form)
+    assert identify_image(data) == examine_image(data)[0]
+
+
+@pytest.mark.parametrize("name", forms() | forms_for_torch())
+def test_a_header_tells_what_decoding_tells_of_odd_forms_too(name: str) -> None:
+    data = (forms() | forms_for_torch())[name]
     assert identify_image(data) == examine_image(data)[0]
 
 

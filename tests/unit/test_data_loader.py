@@ -135,10 +135,19 @@ def test_an_endless_loader_ends_its_threads_when_it_is_left(shards: ShardSet, to
         next(iter(loader))
 
 
-def test_an_image_that_was_indexed_under_a_larger_bound_is_shown(shards: ShardSet, tokenizer: Tokenizer) -> None:
-    assert_same(
-        loader_of(shards, tokenizer, config=DataConfig(max_pixels=9)).load(0), loader_of(shards, tokenizer).load(0)
-    )
+def test_an_image_of_another_size_than_its_index_says_is_replaced_and_named(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """As one that another decoder turns otherwise than the one that it was indexed with."""
+    shards = make_shards(tmp_path, [48])
+    row = plan_of(shards).row(3)
+    columns = shards.indexes[0].columns
+    for name, value in (("width", 24), ("height", 32)):
+        columns[name] = columns[name].copy()
+        columns[name][row] = value
+    loader = loader_of(shards, tokenizer)
+    assert loader.load(0).replaced == 1
+    assert list(loader.bad.values()) == ["it has 32 x 24 pixels, and its index says 24 x 32"]
 
 
 def test_cut_captions_are_counted(shards: ShardSet, tokenizer: Tokenizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
 from mvle.data import decoder_dali
 from mvle.data.counts import Counts
-from mvle.data.decode import examine_image
+from mvle.data.decode import ImageInfo, examine_image
 from mvle.data.decoder_dali import DaliDecoder, dali_reads
 from mvle.data.decoders import Decoded, Encoded, TorchDecoder, choose_decoder
 from mvle.data.errors import DataError
@@ -28,12 +29,12 @@ SIZE = 64
 def encoded(name: str, data: bytes, window: tuple[int, int, int, int] | None = None, flip: bool = False) -> Encoded:
     info, pixels = examine_image(data)
     whole = (0, 0, *pixels.shape[:2])
-    return Encoded(name, data, window or whole, flip, 10**8, info.format, info.bit_depth, info.channels)
+    return Encoded(zlib.crc32(name.encode()), name, data, window or whole, flip, info)
 
 
 def damaged(name: str, data: bytes) -> Encoded:
     """What a bad disk makes of an image that was indexed."""
-    return Encoded(name, data, (0, 0, 20, 20), False, 10**8, "jpeg", 8, 3)
+    return Encoded(zlib.crc32(name.encode()), name, data, (0, 0, 20, 20), False, ImageInfo("jpeg", 20, 20, 1, 8, 3))
 
 
 def dali(batch: int = 64) -> DaliDecoder:
@@ -144,7 +145,9 @@ def test_every_bad_image_of_a_batch_is_found_and_the_others_are_shown() -> None:
         damaged("a page", b"<html>"),
         encoded("a gif", forms_for_torch()["gif"]),
         damaged("empty", b""),
-        replace(damaged("no gif", b"GIF89a" + bytes(60)), format="gif"),  # which DALI never saw
+        replace(
+            damaged("no gif", b"GIF89a" + bytes(60)), info=ImageInfo("gif", 20, 20, 1, 8, 3)
+        ),  # which DALI never saw
     ]
     before: list[Encoded | None] = [encoded("before", whole)]
     after: list[Encoded | None] = [encoded("after", encode(photo(7, 50, 60))), None]
@@ -178,7 +181,8 @@ def test_a_batch_that_is_all_bad_is_all_named() -> None:
 
 def test_what_torch_reads_and_dali_does_not_is_shown_by_torch_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
     gif = encoded("odd", forms_for_torch()["gif"])
-    odd = Encoded("odd", gif.data, gif.window, True, 10**8, "jpeg", 8, 3)  # as if the index called it a JPEG
+    called = gif.info._replace(format="jpeg", channels=3)  # by the index
+    odd = Encoded(7, "odd", gif.data, gif.window, True, called)
     images: list[Encoded | None] = [encoded("good", encode(photo(5, 80, 90))), odd]
     decoder = dali()
 
@@ -195,7 +199,7 @@ def test_what_torch_reads_and_dali_does_not_is_shown_by_torch_from_then_on(caplo
 def test_a_failure_that_is_no_images_fault_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = dali()
 
-    def out_of_memory() -> torch.Tensor:
+    def out_of_memory(*_: object) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(decoder, "_take", out_of_memory)
@@ -220,8 +224,8 @@ def test_what_fails_together_and_not_alone_is_raised(monkeypatch: pytest.MonkeyP
     decoder = dali()
     take = decoder._take
 
-    def too_many_at_once() -> torch.Tensor:
-        pixels = take()
+    def too_many_at_once(images: list[Encoded]) -> torch.Tensor:
+        pixels = take(images)
         if len(pixels) > 1:
             raise RuntimeError("too many at once")
         return pixels
