@@ -16,8 +16,11 @@ TEXT_FIELDS = ("txt", "txt-lines")  # names of a caption field that mean the tex
 # "right now" is caught too: an unflipped image costs nothing, a false caption does.
 _SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand|handed|side)?\b", re.IGNORECASE)
 _COLOURS = re.compile(
-    r"\b(?:red(?:d(?=ish))?|green|blue|yellow|orange|purple|violet|pink|brown|black|white|gr[ae]y|cyan|magenta|turquoise|teal|maroon|"
-    r"beige|tan|golden|gold|silver|crimson|scarlet|navy|lavender|olive)(?:ish)?\b",
+    r"\b(?:(?:redd?|green|blue?|yellow|orange?|purple?|violet|pink|brown|black|white?|gr[ae]y)(?:s|ish)?"
+    r"|cyan|magenta|turquoise|teal|maroon|beige|tan(?:ned)?|golden|gold|silver|crimson|scarlet|navy|lavender|olive"
+    r"|khaki|burgundy|aqua|indigo|lilac|mauve|fuchsia|ivory|bronze|auburn|redhead(?:ed|s)?|blond(?:e|es|s)?|brunettes?"
+    r"|(?:multi-?)?colou?r(?:s|ed|ful|fully|less)?|gr[ae]yscale|monochrom(?:e|atic)|sepia|rainbow|pastel|neon"
+    r"|dark(?:er|est|ened)?|bright(?:er|est|ly)?|dim(?:ly)?|pale)\b",  # how bright is changed with the colours
     re.IGNORECASE,
 )
 

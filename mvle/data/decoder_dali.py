@@ -13,7 +13,7 @@ window as the image is stored, and the index says how to turn what comes out.
                               the others again. What torch reads and DALI does not is shown by torch from then on
     damage                    DALI does not see all of it (a JPEG cut below the window, say). So it is given bytes alone
                               that torch decoded: when they were indexed (and the checksum is the same), or else here,
-                              the first time that they are met. Both decoders then replace the same
+                              the first time that they are met in this process. Both decoders then replace the same
 
 On a GPU the pixels stay there. DALI's buffers come back to it in the order of its own streams, whatever torch still
 does with them, so torch does not keep them: they are copied to memory of torch's on the loader's stream, and the

@@ -211,7 +211,8 @@ class Loader:
                     with self.counts.timed("late_reading"):
                         given = self._read_steps.get()
                     if isinstance(given, _Step):
-                        self._decoder.submit(given.images, given.size)
+                        with self.counts.timed("late_decoding"):
+                            self._decoder.submit(given.images, given.size)
                         flying.append(given)
                     else:
                         end = True if given is None else given

@@ -7,12 +7,13 @@ under their names only when all of a pack is written.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,6 +37,8 @@ READERS: Mapping[str, Callable[[Path, RowOptions], Found]] = {
 }
 FORMATS = (*READERS, "folder")  # a folder is its own input
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
+
+_PACKING, _LOCK = "packing", "lock"
 
 
 @dataclass
@@ -87,9 +90,8 @@ def pack(
     report = PackReport(left_out=found.left_out + silent, notes=found.notes)
     report.unasked = {name: count for name, count in counts.items() if name not in splits}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(folder / "packing")
-    temporary.mkdir()
-    try:
+    report.notes += [f"removed {path}, which a pack had left that was killed" for path in _sweep(folder)]
+    with _folder_of_its_own(folder) as temporary:
         for name in splits:
             _pack_split(name, [r for r in rows if r.split == name], options.images, temporary, shard_bytes, report)
         if not report.shards:
@@ -101,9 +103,34 @@ def pack(
             path.unlink()
         for i, path in enumerate(report.shards):
             report.shards[i] = path.rename(folder / path.name)
-    finally:
-        shutil.rmtree(temporary)
     return report
+
+
+@contextmanager
+def _folder_of_its_own(folder: Path) -> Iterator[Path]:
+    """Where shards are until all are whole. Its lock goes with this process, and tells others that it is at work."""
+    begun = temporary_beside(folder / "begun")
+    begun.mkdir()
+    place = temporary_beside(folder / _PACKING)
+    with open(begun / _LOCK, "w") as lock:
+        with suppress(OSError):  # a file system without locks: then nobody sweeps there either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        begun.rename(place)  # under the name that is swept it never lies unlocked
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place)
+
+
+def _sweep(folder: Path) -> list[Path]:
+    """Remove what packs have left in a folder that were killed: (what was removed)."""
+    swept = []
+    for place in sorted(folder.glob(f".{_PACKING}.*.tmp")):
+        with suppress(OSError), open(place / _LOCK, "r+") as lock:  # gone meanwhile, somebody's, or no locks here
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place)
+            swept.append(place)
+    return swept
 
 
 def _read(form: str, source: str | os.PathLike[str] | None, options: RowOptions) -> Found:

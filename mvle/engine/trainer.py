@@ -166,7 +166,8 @@ class Trainer:
         ):
             if owed and validation:
                 self.validate(validation, start, metrics, skips)
-            metrics.watch(DataWait(loader.counts, self.config.data, self.decoder.name, parallel.device.type == "cuda"))
+            gpu, unverified = parallel.device.type == "cuda", self.shards.unverified_shards
+            metrics.watch(DataWait(loader.counts, config.data, self.decoder.name, gpu, unverified))
             batches = iter(loader)
             for step in range(start, steps):
                 done = step + 1
@@ -304,7 +305,7 @@ class Trainer:
         decoder = f"{self.decoder.name}: {self.decoder.why}"
         if self.decoder.name == "dali" and (unverified := self.shards.unverified_shards):
             of = f"{unverified} of {len(self.shards.indexes)} shards"
-            decoder += f"; torch decodes each image of {of} first, once, since they were indexed with --no-verify"
+            decoder += f"; torch decodes each image of {of} first, once a rank (indexed with --no-verify)"
         self.parallel.say(
             f"run         {config.run.name} in {self.folder.path}, seed {config.run.seed}, "
             f"{f'goes on from step {start}' if start else 'from the start'} to {config.schedule.steps}\n"

@@ -246,8 +246,10 @@ class Watch:
         if not last or now - self._least[1] <= limit:
             return None
         late = [rank for rank in last if not reports[rank]["waits"]] or last
-        if any(2 * self.beat < silent[rank] <= self.window for rank in late):
-            return None  # its last word is old: another, or none within the window, tells if it hangs or is gone
+        # Of one whose last word is old another, or none within the window, tells if it hangs or is gone.
+        late = [rank for rank in late if not 2 * self.beat < silent[rank] <= self.window]
+        if not late:
+            return None
         key = "parallel.timeout" if limit == self.parallel.timeout else "parallel.first_timeout"
 
         def line(rank: int) -> str:

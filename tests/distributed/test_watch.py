@@ -169,6 +169,12 @@ def test_a_rank_that_was_heard_a_while_ago_is_not_yet_judged(silent: float, verd
     found = watcher._judge_late(reports, {0: 0.1, 1: silent}, 106.5)
     assert (found is None) if verdict is None else (found is not None and f"rank 1 {verdict}" in found["text"])
 
+    reports[2] = reports[1]  # of several that are late those that were heard are judged
+    found = watcher._judge_late(reports, {0: 0.1, 1: silent, 2: 0.2}, 106.5)
+    assert found is not None and "rank 2 hangs" in found["text"]
+    named = re.search("rank 1 (hangs|is dead)", found["text"])
+    assert bool(named) == (verdict is not None)
+
 
 def test_a_rank_that_is_stopped_is_named(ends: dict[str, list[Ending]]) -> None:
     first, stopped = ends["stops"]

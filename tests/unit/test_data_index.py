@@ -225,6 +225,16 @@ def test_a_shard_named_twice_is_refused(tmp_path: Path) -> None:
         ("a copyright notice was left-handed", 1),
         ("a reddish cat", 2),
         ("covered in starlight", 0),
+        *(
+            (f"a {word} thing", 2)
+            for word in ["bluish", "whitish", "purplish", "orangish", "greys", "blond", "blonde", "colorful"]
+        ),
+        *(
+            (f"a {word} thing", 2)
+            for word in ["multi-coloured", "grayscale", "monochrome", "khaki", "aqua", "dark", "tanned"]
+        ),
+        *((f"a {word} thing", 2) for word in ["brightly", "pale", "redheaded", "black-and-white", "navy-blue"]),
+        *((f"a {word} thing", 0) for word in ["blackboard", "discolor", "greenhouse", "bluebird", "standard", "light"]),
     ],
 )
 def test_flags_say_what_a_flip_would_spoil_and_what_names_a_colour(caption: str, flags: int) -> None:

@@ -227,6 +227,13 @@ def test_a_file_of_wds2idx_of_another_shard_is_refused(tmp_path: Path) -> None:
         index_shard(path, wds2idx=True)
 
 
+def test_names_with_rare_blanks_of_unicode_are_read_as_they_were_written(tmp_path: Path) -> None:
+    names = ("a\u3000b", "a\u00a0c", "a\u2028d", "a\x1ce", "a\u0085f")
+    path = write_shard(tmp_path / "a.tar", [(name, pair(i)) for i, name in enumerate(names)])
+    place, samples = write_wds2idx(path)
+    assert samples == len(names) and read_wds2idx(place, path) == list(members(path))
+
+
 def test_a_name_with_a_blank_cannot_be_written(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", [("my cat", pair(0))])
     with pytest.raises(DataError, match="'my cat.jpg' has a blank in it"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mvle.data import pack as pack_module
 from mvle.data.__main__ import main
 from mvle.data.errors import DataError
 from mvle.data.indexing import index_shard
@@ -68,6 +70,36 @@ def test_shards_stay_below_their_bound(source: Path) -> None:
         index_shard(path)
     shards = ShardSet.open([str(path) for path in report.shards])
     assert len({shards.key(row) for row in range(shards.images)}) == shards.images == 7
+
+
+def test_what_a_killed_pack_left_is_removed_and_another_that_is_at_work_is_not(source: Path) -> None:
+    first = packed(source)
+    folder = first.shards[0].parent
+    left, busy = folder / ".packing.0123.tmp", folder / ".packing.4567.tmp"
+    for place in (left, busy):
+        place.mkdir()
+        (place / "lock").touch()
+        (place / ".train-00000.tar.89ab.tmp").write_bytes(bytes(99))
+    with open(busy / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        report = packed(source, overwrite=True)
+        assert [path.name for path in folder.glob(".*")] == [busy.name]
+    assert report.notes == [f"removed {left}, which a pack had left that was killed"]
+    assert [path.name for path in report.shards] == [path.name for path in first.shards]
+
+
+def test_a_pack_that_is_at_work_holds_its_folder(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[Path]] = []
+    inner = pack_module._pack_split
+
+    def watched(*arguments: Any) -> None:
+        seen.append(pack_module._sweep(arguments[3].parent))
+        inner(*arguments)
+        assert arguments[3].is_dir()
+
+    monkeypatch.setattr(pack_module, "_pack_split", watched)
+    packed(source)
+    assert seen and not any(seen)
 
 
 def test_one_split_can_be_packed_alone(source: Path) -> None:

@@ -120,15 +120,13 @@ def test_a_loader_says_what_it_is_at(tmp_path: Path, tokenizer: Tokenizer) -> No
     with loader:
         batches = iter(loader)
         next(batches)
-        until(lambda: "waiting for the trainer" in loader.doing())
-        assert loader.doing() in {f"step {step}, waiting for the trainer" for step in (1, 2, 3)}
+        until(lambda: loader.doing() in {f"step {step}, waiting for the trainer" for step in (1, 2, 3)})
 
     stuck = ShardSet.open(str(tmp_path / "*.tar"))
     with hanging(stuck.shard_path(5)), loader_of(stuck, tokenizer) as loader:
         consumer = consume(loader)
         until(lambda: "reading" in loader.doing())
-        until(lambda: any(path == stuck.shard_path(5) for path, _ in stuck.reading()))
-        assert f"step 0, preparing images: reading {stuck.shard_path(5)} (for 0 s)" in loader.doing()
+        until(lambda: f"step 0, preparing images: reading {stuck.shard_path(5)} (for " in loader.doing())
         assert stuck.image_bytes(0)  # one that hangs holds up no other shard
         release(stuck.shard_path(5))
         consumer.join()

@@ -15,6 +15,7 @@ import torch
 from mvle.data import decoders
 from mvle.data.config import DataConfig
 from mvle.data.counts import Counts
+from mvle.data.indexing import index_shard
 from mvle.data.shards import ShardSet
 from mvle.engine.data_wait import DataWait
 from mvle.engine.metrics import Metrics, MetricsConfig, read_rows
@@ -123,11 +124,12 @@ def slow(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
     return slowed
 
 
-def steps_of(folder: Path, shards: ShardSet, work: float = 0.0) -> None:
+def steps_of(folder: Path, shards: ShardSet, work: float = 0.0, decoder: str = "torch") -> None:
     """Take every batch as a trainer does, which needs so many seconds for each."""
-    loader = loader_of(shards, number_words(), steps=12)
+    loader = loader_of(shards, number_words(), steps=12, config=DataConfig(decoder=decoder))
     with Metrics(folder / "metrics.jsonl", MetricsConfig(every=2), ALONE, steps=12, pairs=12) as metrics:
-        metrics.watch(DataWait(loader.counts, loader.config, loader.decoder.name, gpu=False))
+        unverified = shards.unverified_shards
+        metrics.watch(DataWait(loader.counts, loader.config, loader.decoder.name, False, unverified))
         batches, step = iter(loader), 0
         while True:
             start = time.perf_counter()
@@ -155,6 +157,19 @@ def test_a_slow_decoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     steps_of(tmp_path, shards)
     out = capsys.readouterr().out
     assert out.count("the model waited for data") == 1 and "decoding is what it waited for" in out
+
+
+def test_decoding_again_what_nobody_verified_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    shards = make_shards(tmp_path, [140])
+    index_shard(shards.shard_path(0), verify=False)
+    monkeypatch.setattr(decoders, "decode_one", slow(decoders.decode_one, 0.004))
+    steps_of(tmp_path, ShardSet.open(str(shards.shard_path(0))), decoder="dali")
+    out = capsys.readouterr().out
+    assert out.count("the model waited for data") == 1 and "decoding is what it waited for" in out
+    assert "since 1 shards were indexed with --no-verify: index them without it (python -m mvle.data index" in out
 
 
 def test_a_loader_that_keeps_up_is_not_complained_of_and_has_its_figures_in_each_row(
