@@ -127,6 +127,13 @@ def test_the_stronger_a_factor_may_be_the_further_images_change() -> None:
     assert means[0] < means[1] < means[2]
 
 
+def test_how_far_an_image_is_blurred_is_drawn() -> None:
+    images = pictures(1, 16, 16).expand(40, -1, -1, -1)
+    blurred = augment(images, words_of(40), config_of(blur={"probability": 1.0, "strength": 3.0}))
+    left = blurred.float().var((1, 2)).mean(1) / images.float().var((1, 2)).mean(1)
+    assert len(left.unique()) > 30 and left.max() > 0.6 and left.min() < 0.3
+
+
 # ---- captions stay true ---------------------------------------------------------------------------------------------
 
 
@@ -148,8 +155,14 @@ def test_randaugment_keeps_colours_where_a_caption_names_one() -> None:
     drift = [(one - grey[middle].float().mean((1, 2))).abs().amax(1) for one in (free, kept)]
     assert (drift[0] > 20).float().mean() > 0.25  # five of twelve ops
     assert drift[1].max() < 60 and (drift[1] > 45).float().mean() < 0.1  # an edge that moved a pixel or two
-    choices = RANDAUGMENT.index(COLOURS[0])
-    assert RANDAUGMENT[choices:] == COLOURS and not set(COLOURS) & set(GEOMETRIC)
+    first = RANDAUGMENT.index(COLOURS[0])
+    choice = (draw(words_of(200), LAYERS + 1).words[:, LAYERS, 0] * len(RANDAUGMENT)) >> 32
+    free, kept = (augment(grey, words_of(200, colours=named), config) for named in (False, True))
+    for op in range(len(RANDAUGMENT)):
+        same = [torch.equal(images[choice == op], grey[choice == op]) for images in (free, kept)]
+        assert (choice == op).any() and same[1] == (op >= first or RANDAUGMENT[op] == "identity"), RANDAUGMENT[op]
+        assert op < first or not same[0], RANDAUGMENT[op]
+    assert RANDAUGMENT[first:] == COLOURS and not set(COLOURS) & set(GEOMETRIC)
 
 
 def test_the_plan_says_which_caption_names_a_colour(tmp_path: Path) -> None:

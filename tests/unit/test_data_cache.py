@@ -96,6 +96,18 @@ def test_what_was_opened_longest_ago_leaves_and_its_readers_keep_it(tmp_path: Pa
     assert sorted(locks) == ["", "c.tar", "d.tar"]  # and that of the room
 
 
+def test_only_one_at_a_time_makes_room(tmp_path: Path, files: list[RemoteFile]) -> None:
+    """Two who counted at once would both find room for themselves."""
+    cache = ShardCache(tmp_path, 10 * SIZE)
+    opener = threading.Thread(target=cache.open, args=(files[0],))
+    with cache._locked(tmp_path / "room"):
+        opener.start()
+        opener.join(0.2)
+        assert opener.is_alive() and kept(tmp_path) == []
+    opener.join(10)
+    assert kept(tmp_path) == ["a.tar"]
+
+
 def test_what_becomes_whole_while_room_is_made_takes_room(
     tmp_path: Path, files: list[RemoteFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvle.data.bad_images import BadImageError
+from mvle.data.bad_images import BadImageError, BadImages
 from mvle.data.batch import Batch
 from mvle.data.config import DataConfig, open_shards
 from mvle.data.decode import decode_image, decode_window
@@ -201,6 +201,19 @@ def test_too_many_bad_images_stop_the_run_with_the_list(tmp_path: Path, tokenize
         list(loader)
     seen = re.search(r"failed within (\d+) pairs", str(caught.value))
     assert seen and int(seen[1]) in (12, 24)  # an epoch of two steps has all six
+
+
+def test_bad_images_of_long_ago_do_not_count(tmp_path: Path) -> None:
+    bad = BadImages(make_shards(tmp_path, [24]), 0.0004)  # 4 of the last 10,000
+    for row in range(4):
+        bad.pairs = 10_000 + row
+        bad.note(row, "it is torn")
+    bad.pairs = 20_002  # the first three are forgotten
+    for row in range(4, 7):
+        bad.note(row, "it is torn")
+    with pytest.raises(DataError, match=r"(?s)5 images failed within 10000 pairs"):
+        bad.note(7, "it is torn")
+    assert len(bad.reasons) == 8
 
 
 def test_an_image_that_is_intact_and_undecodable_is_bad_too(

@@ -153,6 +153,16 @@ def test_crops_do_not_depend_on_the_other_pairs_of_the_batch() -> None:
     assert np.array_equal(together, alone)
 
 
+@pytest.mark.parametrize("aspect", [(2.5, 3.0), (0.2, 0.4)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (2, 3)])
+def test_a_window_has_a_pixel_at_least_in_whatever_image(size: tuple[int, int], aspect: tuple[float, float]) -> None:
+    (width, height), drawn = size, words(0, Stream.CROP, np.arange(40), 24)
+    windows = crop_windows(np.full(40, width), np.full(40, height), drawn, (0.2, 1.0), aspect)
+    y, x, h, w = windows.T
+    assert min(h.min(), w.min()) >= 1 and min(y.min(), x.min()) >= 0
+    assert (y + h <= height).all() and (x + w <= width).all()
+
+
 def test_a_replacement_is_what_the_slot_gives_next() -> None:
     plan = plan_of()
     stand_in = plan.replacement(30, 1)

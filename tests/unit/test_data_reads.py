@@ -19,6 +19,7 @@ from mvle.data import files as files_module
 from mvle.data import loader as loader_module
 from mvle.data.errors import DataError
 from mvle.data.loader import Loader
+from mvle.data.reader import ShardReader
 from mvle.data.shards import ShardSet
 from mvle.data.tokenizer import Tokenizer
 
@@ -111,6 +112,20 @@ def consume(loader: Loader) -> threading.Thread:
     thread = threading.Thread(target=take, daemon=True)
     thread.start()
     return thread
+
+
+def test_no_more_files_stay_open_than_are_allowed(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.tar" for i in range(9)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 9)
+    reader = ShardReader(paths, max_open=3)
+    for i in (0, 1, 2, 0, 3, 4, 0, 5, 6, 7, 8):
+        assert reader.read(i, 3, 2) == bytes([i]) * 2
+        assert len(reader._open) <= 3
+    assert list(reader._open) == [6, 7, 8]
+    reader.read(6, 0, 1)
+    reader.read(0, 0, 1)
+    assert list(reader._open) == [8, 6, 0]  # the least used went
 
 
 def test_a_loader_says_what_it_is_at(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -8,6 +8,7 @@ import multiprocessing
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from benchmarks import fed, loader, loader_report
 from benchmarks.loader import Turn, measure, rows_of, take_turn
 from benchmarks.loader_data import PhotoShards, jpeg, make_shards, photo
 from benchmarks.peers.loaders import LOADERS, PILLOW, TORCHVISION, Missing, Setup
+from mvle.config import load_config
 from mvle.engine.metrics import read_rows
 
 from .small_run import SMALL
@@ -147,5 +149,11 @@ def test_a_run_that_is_fed_tells_how_it_waits_beside_what_its_loader_gives(
     assert (by_torch["data_wait"], by_torch["pairs/s"]) == (last["data_wait"], last["pairs/s"])
     assert by_torch["loader_pairs_per_second"] > 0 and by_torch["why"] == "torch: data.decoder=torch"
     assert fed.told([by_torch])[0].startswith("tiny, 8 pairs of 40 px, torch, 2 threads: loader alone ")
+    clock = iter((100.0, 104.0))
+    monkeypatch.setattr(fed, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    arguments = [*fed.overrides(shards, tmp_path, 8, 4, 2, "torch"), *small]
+    rate, _ = fed.loader_rate(load_config("tiny", arguments), torch.device("cpu"), 6)
+    assert rate == 6 * 8 / 4.0
+    monkeypatch.undo()
     with pytest.raises(RuntimeError, match="the run has one row alone"):
         fed.fed("tiny", shards, tmp_path / "short", 8, 2, 2, ["torch"], small)
