@@ -9,6 +9,7 @@ Files are found and read in config_files.py.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -34,6 +35,10 @@ from .objectives.config import ObjectivesConfig
 from .objectives.masking import MaskingConfig
 from .section import Section
 
+log = logging.getLogger(__name__)
+
+# Runs and exports have them in their configs -> why they went.
+FORMER = {"data.max_pixels": "how large an image may be is said where it is indexed (index --max-pixels)."}
 # A resumed run may differ in these: they change neither what is learned nor in which order. Where the shards are is
 # looked at through their fingerprint, and the schedule through the learning rates that it has had (engine/resume.py).
 FREE_ON_RESUME = (
@@ -104,13 +109,24 @@ class Config(Section):
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Config:
-        """The checked config of nested dicts. Raises ConfigError."""
+        """The checked config of nested dicts; keys of FORMER are left out, with a word. Raises ConfigError."""
+        values = _without_former(values)
         if problems := list(wrong_keys(Config, values)):
             raise ConfigError("\n".join(problems))
         try:
             return Config.model_validate(dict(values))
         except ValidationError as error:
             raise ConfigError("\n".join(explain(Config, error))) from None
+
+
+def _without_former(values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    for key, why in FORMER.items():
+        section, _, name = key.partition(".")
+        if isinstance(kept.get(section), dict) and name in kept[section]:
+            del kept[section][name]
+            log.warning("%s is no config key any more, and is left out: %s", key, why)
+    return kept
 
 
 def describe() -> str:

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 PIECE = 8 * 2**20  # bytes of a request
 _PART, _LOCK = ".part", ".lock"
+_OURS = re.compile(r"[0-9a-f]{24}-")  # how names begin that `place` gives; whatever else lies there is left alone
 _TRIES = 5
 _NO_ROOM = (
     errno.ENOSPC,
@@ -178,7 +179,8 @@ class ShardCache:
                 self._forget(place)
 
     def _files(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if path.suffix != _LOCK and path.is_file()]
+        # By their names alone: one that is asked for by itself may have got its other name meanwhile.
+        return [path for path in self.folder.iterdir() if _OURS.match(path.name) and path.suffix != _LOCK]
 
     def _without(self, file: RemoteFile, why: str) -> Ranges:
         with self._lock:

@@ -19,6 +19,7 @@ class Figures:
 
     read, decode, text  seconds of work, summed over threads. With DALI, whose threads are its own, `decode` is what the
                         loader waited for them
+    verify              seconds that the loader waited for images to be decoded by torch before DALI was given them
     bytes               encoded bytes read
     takes, ready        batches that the model took, and how many were ready at these moments, summed
     late                seconds in which the last stage had nothing to do, by what it waited for: the largest is the
@@ -28,6 +29,7 @@ class Figures:
     read: float = 0.0
     decode: float = 0.0
     text: float = 0.0
+    verify: float = 0.0
     bytes: int = 0
     takes: int = 0
     ready: int = 0

@@ -37,6 +37,7 @@ FORMATS = ("other", "jpeg", "png", "webp", "gif", "bmp", "tiff", "ppm", "avif", 
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
 _NAMES = {"MPO": "jpeg", "DIB": "bmp"}
 _ORIENTATION_TAG = 0x0112
+_TELLS_NOTHING = (b"IDAT", b"tEXt", b"zTXt", b"iTXt", b"tIME")  # of how an image is shown; writers put words last
 
 
 class DecodeError(ValueError):
@@ -126,7 +127,7 @@ def examine_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[ImageInfo,
 
 def identify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     """What examine_image says of a good image, from its header where that tells (JPEG, PNG, WebP, BMP); an image of
-    another format is decoded, and so is a PNG with more behind its pixels than their end: an EXIF block there turns it.
+    another format is decoded, and so is a PNG that has more than words behind its pixels: an EXIF block there turns it.
     Damage behind the header is not seen. Raises DecodeError."""
     if data[:3] == b"\xff\xd8\xff":
         header = jpeg_header(data)
@@ -232,7 +233,7 @@ def upright(pixels: Pixels, orientation: int) -> Pixels:
 
 def _check_png(data: bytes, max_pixels: int) -> bool:
     """Every chunk there, in one piece, up to the end mark. Pillow alone would show a cut file as if it were whole.
-    Returns whether its pixels are the last that it has."""
+    Returns whether what stands before its pixels tells all."""
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise DecodeError("a PNG without a header")
     width, height = struct.unpack_from(">II", data, 16)
@@ -245,7 +246,7 @@ def _check_png(data: bytes, max_pixels: int) -> bool:
             raise DecodeError(f"a PNG damaged at byte {position}: no chunk begins there")
         if kind == b"IEND":
             return last
-        last = last and (kind == b"IDAT" or not pixels)
+        last = last and (kind in _TELLS_NOTHING or not pixels)
         pixels = pixels or kind == b"IDAT"
         position += 12 + length
     raise DecodeError(f"a PNG cut off: it ends after {len(data)} bytes without its end mark")

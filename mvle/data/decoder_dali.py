@@ -168,7 +168,10 @@ class DaliDecoder:
     def _verify(self, images: Sequence[Encoded | None], size: int) -> dict[int, str]:
         """Decode by torch what was never decoded; position -> reason of what is bad."""
         unseen = [image if image is not None and not image.verified else None for image in images]
-        return self._torch.begin(unseen, size).wait().failed if any(unseen) else {}
+        if not any(unseen):
+            return {}
+        with self._counts.timed("verify"):
+            return self._torch.begin(unseen, size).wait().failed
 
     # --- the pipeline ------------------------------------------------------------------------------------------------
 

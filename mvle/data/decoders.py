@@ -86,12 +86,14 @@ class Decoder(Protocol):
 
 
 def decode_one(image: Encoded, size: int) -> Pixels:
-    """uint8 [size, size, 3]. Raises DecodeError, also for an image of another size than it had when it was indexed."""
+    """uint8 [size, size, 3]. Raises DecodeError, also for another size or orientation than the index has."""
     width, height = image.info.width, image.info.height
     # The index holds whatever passed the bound of its own day; the bytes are the same, so a larger one is no news.
     info, pixels = examine_image(image.data, width * height)
     if (info.width, info.height) != (width, height):
         raise DecodeError(f"it has {info.width} x {info.height} pixels, and its index says {width} x {height}")
+    if info.orientation != image.info.orientation:
+        raise DecodeError(f"its EXIF orientation is {info.orientation}, and its index says {image.info.orientation}")
     return show_window(pixels, image.window, image.flip, size)
 
 

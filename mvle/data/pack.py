@@ -38,7 +38,7 @@ READERS: Mapping[str, Callable[[Path, RowOptions], Found]] = {
 FORMATS = (*READERS, "folder")  # a folder is its own input
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
 
-_PACKING, _LOCK = "packing", "lock"
+_PACKING, _LOCK = "packing", ".lock"
 
 
 @dataclass
@@ -108,27 +108,35 @@ def pack(
 
 @contextmanager
 def _folder_of_its_own(folder: Path) -> Iterator[Path]:
-    """Where shards are until all are whole. Its lock goes with this process, and tells others that it is at work."""
-    begun = temporary_beside(folder / "begun")
-    begun.mkdir()
+    """Where shards are until all are whole. A lock beside it, which goes with this process, says that it is at work: it
+    is held before there is a folder, and until there is none."""
     place = temporary_beside(folder / _PACKING)
-    with open(begun / _LOCK, "w") as lock:
+    lock = place.with_suffix(_LOCK)
+    with open(lock, "w") as held:
         with suppress(OSError):  # a file system without locks: then nobody sweeps there either
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        begun.rename(place)  # under the name that is swept it never lies unlocked
+            fcntl.flock(held, fcntl.LOCK_EX)
         try:
+            place.mkdir()
             yield place
         finally:
             shutil.rmtree(place)
+            lock.unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> list[Path]:
     """Remove what packs have left in a folder that were killed: (what was removed)."""
     swept = []
     for place in sorted(folder.glob(f".{_PACKING}.*.tmp")):
-        with suppress(OSError), open(place / _LOCK, "r+") as lock:  # gone meanwhile, somebody's, or no locks here
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(place)
+        lock = place.with_suffix(_LOCK)
+        with ExitStack() as stack:
+            try:
+                fcntl.flock(stack.enter_context(open(lock, "r+")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except FileNotFoundError:
+                pass  # who made the folder is gone
+            except OSError:
+                continue  # at work, or a file system without locks
+            shutil.rmtree(place, ignore_errors=True)
+            lock.unlink(missing_ok=True)
             swept.append(place)
     return swept
 

@@ -12,12 +12,10 @@ ROWS = 3  # in a row, after the first, which has the start in it
 
 
 class DataWait:
-    """Figures of one rank's loader between log lines. decoder: "dali" or "torch" · gpu: whether there is one ·
-    unverified: shards that were indexed without decoding."""
+    """Figures of one rank's loader between log lines. decoder: "dali" or "torch" · gpu: whether there is one."""
 
-    def __init__(self, counts: Counts, config: DataConfig, decoder: str, gpu: bool, unverified: int = 0) -> None:
+    def __init__(self, counts: Counts, config: DataConfig, decoder: str, gpu: bool) -> None:
         self._counts, self._config, self._decoder, self._gpu = counts, config, decoder, gpu
-        self._unverified = unverified
         self._before = counts.figures()
         self._waits: list[tuple[float, Figures]] = []  # share and figures of the last rows that waited too long
         self._rows = 0
@@ -64,11 +62,11 @@ class DataWait:
             return f"Put the shards on a nearer or faster disk, or raise {threads}."
         if slowest == "text":
             return "Its thread needs a free core: leave one over, or shorten the captions."
-        if self._decoder == "dali" and self._unverified:
+        if 2 * sum(figures.verify for _, figures in self._waits) > sum(f.late_decoding for _, f in self._waits):
             return (
-                f"Torch decodes each image before DALI is given it, once a rank and start, since {self._unverified} "
-                f"shards were indexed with --no-verify: index them without it (python -m mvle.data index SHARDS; the "
-                f"run goes on), or raise {threads}."
+                "Torch decodes each image before DALI is given it, the first time that a rank meets it, since shards "
+                f"were indexed with --no-verify: index them without it (python -m mvle.data index SHARDS), or raise "
+                f"{threads}."
             )
         if self._gpu and self._decoder == "torch":
             return f"Decode on the GPU (data.decoder=dali), or raise {threads}."

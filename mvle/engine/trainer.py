@@ -166,8 +166,7 @@ class Trainer:
         ):
             if owed and validation:
                 self.validate(validation, start, metrics, skips)
-            gpu, unverified = parallel.device.type == "cuda", self.shards.unverified_shards
-            metrics.watch(DataWait(loader.counts, config.data, self.decoder.name, gpu, unverified))
+            metrics.watch(DataWait(loader.counts, config.data, self.decoder.name, parallel.device.type == "cuda"))
             batches = iter(loader)
             for step in range(start, steps):
                 done = step + 1

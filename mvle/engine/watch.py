@@ -245,9 +245,10 @@ class Watch:
         limit = max((reports[rank]["limit"] for rank in last), default=0.0)
         if not last or now - self._least[1] <= limit:
             return None
-        late = [rank for rank in last if not reports[rank]["waits"]] or last
         # Of one whose last word is old another, or none within the window, tells if it hangs or is gone.
-        late = [rank for rank in late if not 2 * self.beat < silent[rank] <= self.window]
+        old = [rank for rank in last if 2 * self.beat < silent[rank] <= self.window]
+        busy = [rank for rank in last if not reports[rank]["waits"]]
+        late = [rank for rank in busy if rank not in old] if busy else [] if old else last
         if not late:
             return None
         key = "parallel.timeout" if limit == self.parallel.timeout else "parallel.first_timeout"

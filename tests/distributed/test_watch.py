@@ -175,6 +175,10 @@ def test_a_rank_that_was_heard_a_while_ago_is_not_yet_judged(silent: float, verd
     named = re.search("rank 1 (hangs|is dead)", found["text"])
     assert bool(named) == (verdict is not None)
 
+    together = {rank: {**reports[1], "waits": True} for rank in range(3)}  # where nobody is behind nobody is blamed
+    found = watcher._judge_late(together, {0: 0.1, 1: silent, 2: 0.2}, 106.5)
+    assert (found is None) if verdict is None else found is not None and found["text"].startswith("no rank makes")
+
 
 def test_a_rank_that_is_stopped_is_named(ends: dict[str, list[Ending]]) -> None:
     first, stopped = ends["stops"]

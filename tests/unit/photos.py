@@ -50,15 +50,17 @@ def tiff(orientation: int, order: str = "<", kind: int = 3, magic: int = 42) -> 
     return start + struct.pack(order + "HHHI", 1, 0x0112, kind, 1) + value + bytes(4)
 
 
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def oddly_turned(pixels: np.ndarray) -> dict[str, bytes]:
     """Orientations in forms that Pillow does not write, and that readers of EXIF understand differently."""
     plain, png = encode(pixels, subsampling=2), encode(pixels, "PNG")
 
     def app1(block: bytes) -> bytes:
         return b"\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block
-
-    def chunk(block: bytes) -> bytes:
-        return struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
 
     scan = plain.index(b"\xff\xda")
     return {
@@ -68,8 +70,8 @@ def oddly_turned(pixels: np.ndarray) -> dict[str, bytes]:
         "jpeg, two other orientations": plain[:2] + app1(tiff(3)) + app1(tiff(7)) + plain[2:],
         "jpeg, orientation behind the frame header": plain[:scan] + app1(tiff(5)) + plain[scan:],
         "jpeg, orientation under a bad number": plain[:2] + app1(tiff(4, magic=41)) + plain[2:],
-        "png, orientation as LONG, big-endian": png[:33] + chunk(tiff(6, ">", 4)) + png[33:],
-        "png, orientation behind the pixels": png[:-12] + chunk(tiff(6)) + png[-12:],
+        "png, orientation as LONG, big-endian": png[:33] + png_chunk(b"eXIf", tiff(6, ">", 4)) + png[33:],
+        "png, orientation behind the pixels": png[:-12] + png_chunk(b"eXIf", tiff(6)) + png[-12:],
     }
 
 
@@ -77,6 +79,7 @@ def forms_for_torch() -> dict[str, bytes]:
     """What DALI is not given, or would show otherwise."""
     pixels = photo(2, 64, 80)
     image = Image.fromarray(pixels)
+    png, first = encode(image, "PNG"), struct.pack(">HHH", *(int(v) for v in pixels[0, 0]))
     clear = image.convert("RGBA")
     clear.putalpha(Image.fromarray(pixels[:, :, 0]))
     return {
@@ -85,6 +88,7 @@ def forms_for_torch() -> dict[str, bytes]:
         "png, one transparent colour": encode(image, "PNG", transparency=tuple(int(v) for v in pixels[0, 0])),
         "png, grey with a transparent level": encode(image.convert("L"), "PNG", transparency=int(pixels[0, 0, 0])),
         "png, transparent palette": encode(image.quantize(16), "PNG", transparency=0),
+        "png, a transparent colour behind the pixels": png[:-12] + png_chunk(b"tRNS", first) + png[-12:],
         "png, 16 bits": encode(Image.fromarray(pixels[:, :, 0].astype(np.uint16) << 8), "PNG"),
         "png, bilevel": encode(image.convert("1"), "PNG"),
         "webp, alpha": encode(clear, "WEBP"),

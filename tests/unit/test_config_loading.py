@@ -200,3 +200,14 @@ def test_a_bare_machine_is_told_how_to_make_shards_and_how_to_go_without(name: s
 
 def test_a_run_that_never_validates_needs_no_validation_shards() -> None:
     require_data(load_config("base", ["data.train=shapes:train", "evaluation.every=0"]))
+
+
+def test_keys_that_there_were_once_are_left_out_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As runs, checkpoints and exports of before have them."""
+    path = tmp_path / "config.yaml"
+    path.write_text("data: {max_pixels: 1000, threads: 3}\n")
+    assert load_config(path) == load_config(None, ["data.threads=3"])
+    assert caplog.text.count("data.max_pixels is no config key any more, and is left out: how large") == 1
+    stated = {"data": {"max_pixels": 1000, "threads": 3}}
+    assert Config.from_dict(stated).data.threads == 3
+    assert stated["data"]["max_pixels"] == 1000

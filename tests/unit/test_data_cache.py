@@ -96,6 +96,17 @@ def test_what_was_opened_longest_ago_leaves_and_its_readers_keep_it(tmp_path: Pa
     assert sorted(locks) == ["", "c.tar", "d.tar"]  # and that of the room
 
 
+def test_what_else_lies_in_the_folder_is_left_alone(tmp_path: Path, files: list[RemoteFile]) -> None:
+    (tmp_path / "mine.txt").write_bytes(bytes(5 * SIZE))
+    (tmp_path / "folder").mkdir()
+    cache = ShardCache(tmp_path, 2 * SIZE)
+    for file in files:
+        cache.open(file)
+        time.sleep(0.01)
+    assert (tmp_path / "mine.txt").stat().st_size == 5 * SIZE and (tmp_path / "folder").is_dir()
+    assert [name for name in kept(tmp_path) if name] == ["c.tar", "d.tar"]
+
+
 def test_only_one_at_a_time_makes_room(tmp_path: Path, files: list[RemoteFile]) -> None:
     """Two who counted at once would both find room for themselves."""
     cache = ShardCache(tmp_path, 10 * SIZE)
@@ -118,8 +129,9 @@ def test_what_becomes_whole_while_room_is_made_takes_room(
     listed = cache._files()
     assert len(listed) == 2
     before = [listed[0], listed[1].with_name(f"{listed[1].name}.part")]  # as another process had it a moment ago
-    monkeypatch.setattr(cache, "_files", lambda: before)
-    cache.open(files[2])
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "iterdir", lambda self: iter(before))
+        cache.open(files[2])
     assert len(kept(tmp_path)) == 2 and "c.tar" in kept(tmp_path)
 
 

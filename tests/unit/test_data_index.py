@@ -60,7 +60,7 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path: Path) -> None
     assert index.images == 1
     assert reasons["cut"].startswith("undecodable")
     assert reasons["html"].startswith("undecodable")
-    assert reasons["large"].startswith("over the pixel bound")
+    assert reasons["large"].startswith("over the pixel bound") and "(--max-pixels)" in reasons["large"]
     assert reasons["silent"].startswith("no caption")
     assert reasons["broken"].startswith("no caption")
     assert reasons["lonely"].startswith("no image")

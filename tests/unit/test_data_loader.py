@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from mvle.data import decoders
 from mvle.data.bad_images import BadImageError, BadImages
 from mvle.data.batch import Batch
 from mvle.data.config import DataConfig, open_shards
@@ -148,6 +149,21 @@ def test_an_image_of_another_size_than_its_index_says_is_replaced_and_named(
     loader = loader_of(shards, tokenizer)
     assert loader.load(0).replaced == 1
     assert list(loader.bad.values()) == ["it has 32 x 24 pixels, and its index says 24 x 32"]
+
+    columns["width"][row], columns["height"][row], columns["orientation"] = 32, 24, columns["orientation"].copy()
+    columns["orientation"][row] = 3
+    loader = loader_of(shards, tokenizer)
+    assert loader.load(0).replaced == 1
+    assert list(loader.bad.values()) == ["its EXIF orientation is 1, and its index says 3"]
+
+
+def test_an_image_may_be_as_large_as_its_index_allowed(
+    shards: ShardSet, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examined, examine = [], decoders.examine_image
+    monkeypatch.setattr(decoders, "examine_image", lambda *given: (examined.append(given[1]), examine(*given))[1])
+    loader_of(shards, tokenizer).load(0)
+    assert examined == [24 * 32] * 12
 
 
 def test_cut_captions_are_counted(shards: ShardSet, tokenizer: Tokenizer) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -14,11 +15,12 @@ from mvle.data import pack as pack_module
 from mvle.data.__main__ import main
 from mvle.data.errors import DataError
 from mvle.data.indexing import index_shard
+from mvle.data.inspect import contact_sheet
 from mvle.data.pack import PackReport, pack
 from mvle.data.rows import RowOptions
 from mvle.data.shards import ShardSet
 
-from .data_files import encode, make_shards, picture
+from .data_files import encode, make_shards, picture, spoil
 
 
 @pytest.fixture
@@ -75,16 +77,16 @@ def test_shards_stay_below_their_bound(source: Path) -> None:
 def test_what_a_killed_pack_left_is_removed_and_another_that_is_at_work_is_not(source: Path) -> None:
     first = packed(source)
     folder = first.shards[0].parent
-    left, busy = folder / ".packing.0123.tmp", folder / ".packing.4567.tmp"
-    for place in (left, busy):
+    left, busy, older = (folder / f".packing.{name}.tmp" for name in ("0123", "4567", "89ab"))
+    for place in (left, busy, older):
         place.mkdir()
-        (place / "lock").touch()
         (place / ".train-00000.tar.89ab.tmp").write_bytes(bytes(99))
-    with open(busy / "lock", "w") as lock:
+    left.with_suffix(".lock").touch()
+    with open(busy.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         report = packed(source, overwrite=True)
-        assert [path.name for path in folder.glob(".*")] == [busy.name]
-    assert report.notes == [f"removed {left}, which a pack had left that was killed"]
+        assert sorted(path.name for path in folder.glob(".*")) == [".packing.4567.lock", busy.name]
+    assert report.notes == [f"removed {path}, which a pack had left that was killed" for path in (left, older)]
     assert [path.name for path in report.shards] == [path.name for path in first.shards]
 
 
@@ -203,3 +205,15 @@ def test_an_image_in_two_splits_is_refused_by_both_places_in_every_form(tmp_path
         with pytest.raises(DataError, match=f"{here}: a.jpg is in split val, and in train by .*{there}. An image must"):
             pack(form, tmp_path / file, RowOptions(tmp_path / "images"), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_a_sheet_says_which_image_is_bad_and_shows_the_others(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, [4])
+    whole = np.asarray(Image.open(contact_sheet(shards, tmp_path / "whole.png", 1, 4)))
+    spoil(shards, 2)
+    torn = np.asarray(Image.open(contact_sheet(shards, tmp_path / "torn.png", 1, 4)))
+    assert whole.shape == torn.shape
+    differ = (whole[8:200] != torn[8:200]).any((0, 2))
+    tiles = [bool(differ[left : left + 192].any()) for left in range(8, 808, 200)]
+    assert tiles == [False, False, True, False]
+    assert (torn[8:200, 408:600] == 255).all() and (torn[200:, 408:600] < 128).any()  # no picture, and its name

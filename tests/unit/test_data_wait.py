@@ -128,8 +128,7 @@ def steps_of(folder: Path, shards: ShardSet, work: float = 0.0, decoder: str = "
     """Take every batch as a trainer does, which needs so many seconds for each."""
     loader = loader_of(shards, number_words(), steps=12, config=DataConfig(decoder=decoder))
     with Metrics(folder / "metrics.jsonl", MetricsConfig(every=2), ALONE, steps=12, pairs=12) as metrics:
-        unverified = shards.unverified_shards
-        metrics.watch(DataWait(loader.counts, loader.config, loader.decoder.name, False, unverified))
+        metrics.watch(DataWait(loader.counts, loader.config, loader.decoder.name, False))
         batches, step = iter(loader), 0
         while True:
             start = time.perf_counter()
@@ -169,7 +168,24 @@ def test_decoding_again_what_nobody_verified_is_named(
     steps_of(tmp_path, ShardSet.open(str(shards.shard_path(0))), decoder="dali")
     out = capsys.readouterr().out
     assert out.count("the model waited for data") == 1 and "decoding is what it waited for" in out
-    assert "since 1 shards were indexed with --no-verify: index them without it (python -m mvle.data index" in out
+    assert "since shards were indexed with --no-verify: index them without it (python -m mvle.data index" in out
+
+
+def test_slow_decoding_of_what_was_verified_is_not_laid_to_its_index() -> None:
+    for verify, laid in ((0.1, False), (0.9, True)):
+        said = advice(decoder="dali", gpu=True, late_decoding=1.0, verify=verify)
+        assert (said is not None and ("--no-verify" in said) == laid and "Raise" in said) or laid
+
+
+def test_the_loader_is_late_by_what_it_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    shards = make_shards(tmp_path, [48])
+    index_shard(shards.shard_path(0), verify=False)
+    monkeypatch.setattr(decoders, "decode_one", slow(decoders.decode_one, 0.004))
+    loader = loader_of(ShardSet.open(str(shards.shard_path(0))), number_words(), config=DataConfig(decoder="dali"))
+    list(loader)
+    figures = loader.counts.figures()
+    assert figures.late_decoding >= figures.verify > 48 * 0.004 / loader.config.threads
 
 
 def test_a_loader_that_keeps_up_is_not_complained_of_and_has_its_figures_in_each_row(
