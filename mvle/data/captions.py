@@ -15,13 +15,14 @@ TEXT_FIELDS = ("txt", "txt-lines")  # names of a caption field that mean the tex
 
 # "right now" is caught too: an unflipped image costs nothing, a false caption does.
 _SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand|handed|side)?\b", re.IGNORECASE)
+# Words for how bright a thing is, too: that is changed with the colours.
 _COLOURS = re.compile(
     r"\b(?:(?:redd?|green|blue?|yellow|orange?|purple?|violet|pink|brown|black|white?|gr[ae]y|cyan|magenta|turquoise|teal"
     r"|maroon|beige|tan|gold|silver|crimson|scarlet|navy|lavender|olive)(?:s|y|ish|n?er|n?est|ness|ned)?|bluer|golden"
     r"|khaki|burgundy|aqua|indigo|lilac|mauve|fuchsia|ivory|bronze|auburn|cream|peach|coral|rusty?|emerald|ruby|ginger"
     r"|platinum|lime|ochre|redhead(?:ed|s)?|blond(?:e|es|s)?|brunettes?|b&w"
     r"|(?:multi-?)?colou?r(?:s|ed|ful|fully|less)?|gr[ae]yscale|monochrom(?:e|atic)|sepia|rainbow|pastel|neon|tinted"
-    r"|dark(?:er|est|ened|ness)?|bright(?:er|est|ly)?|dim(?:ly|med)?|pale(?:r|st)?|vivid(?:ly)?|faded)\b",  # as easily spoilt
+    r"|dark(?:er|est|ened|ness)?|bright(?:er|est|ly)?|dim(?:ly|med)?|pale(?:r|st)?|vivid(?:ly)?|faded)\b",
     re.IGNORECASE,
 )
 
