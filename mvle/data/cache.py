@@ -19,18 +19,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
 from .errors import DataError
 from .files import File, Ranges, Status, open_ranges, patiently, status
+from .locks import locked
 from .remote import RemoteFile, query_apart
 
 log = logging.getLogger(__name__)
@@ -98,21 +97,9 @@ class ShardCache:
 
     # --- fetching ---
 
-    @contextlib.contextmanager
-    def _locked(self, place: Path, wait: bool = True) -> Iterator[bool]:
+    def _locked(self, place: Path, wait: bool = True) -> contextlib.AbstractContextManager[bool]:
         """Alone with a place; False where somebody else is, and nobody waits."""
-        name = f"{place}{_LOCK}"
-        while True:
-            with open(name, "a") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    yield False
-                    return
-                if _is_at(name, lock.fileno()):
-                    yield True
-                    return
-            # it went with a shard that was let go, after it was opened here: the next one is alone with another file
+        return locked(Path(f"{place}{_LOCK}"), wait)
 
     def _forget(self, place: Path) -> None:
         """Remove the lock of a shard that was let go, unless somebody has it to fetch the shard again."""
@@ -170,7 +157,7 @@ class ShardCache:
 
     def _sweep(self) -> None:
         """Remove what a process left that died while it fetched."""
-        for part in self.folder.glob(f"*{_PART}"):
+        for part in (path for path in self._files() if path.suffix == _PART):
             place = part.with_name(part.name.removesuffix(_PART))
             with self._locked(place, wait=False) as held:
                 if held:
@@ -188,11 +175,3 @@ class ShardCache:
         if first:
             log.warning("%s is not kept in data.cache_folder=%s, but read by parts: %s", file, self.folder, why)
         return open_ranges(file)
-
-
-def _is_at(name: str, number: int) -> bool:
-    """Whether an open file is the one that has this name now."""
-    try:
-        return os.path.samestat(os.fstat(number), os.stat(name))
-    except FileNotFoundError:
-        return False

@@ -18,11 +18,11 @@ _SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand|handed|side)?\b", re.I
 # Words for how bright a thing is, too: that is changed with the colours.
 _COLOURS = re.compile(
     r"\b(?:(?:redd?|green|blue?|yellow|orange?|purple?|violet|pink|brown|black|white?|gr[ae]y|cyan|magenta|turquoise|teal"
-    r"|maroon|beige|tan|gold|silver|crimson|scarlet|navy|lavender|olive)(?:s|y|ish|n?er|n?est|ness|ned)?|bluer|golden"
-    r"|khaki|burgundy|aqua|indigo|lilac|mauve|fuchsia|ivory|bronze|auburn|cream|peach|coral|rusty?|emerald|ruby|ginger"
+    r"|maroon|beige|tan|gold|silver|crimson|scarlet|navy|lavender|olive)(?:s|y|ish|n?er|n?est|ness|ned|en|ened|ening|ed|ing)?"
+    r"|bluer|golden|amber|copper|charcoal|chestnut|two-tone|khaki|burgundy|aqua|indigo|lilac|mauve|fuchsia|ivory|bronze|auburn|cream|peach|coral|rusty?|emerald|ruby|ginger"
     r"|platinum|lime|ochre|redhead(?:ed|s)?|blond(?:e|es|s)?|brunettes?|b&w"
-    r"|(?:multi-?)?colou?r(?:s|ed|ful|fully|less)?|gr[ae]yscale|monochrom(?:e|atic)|sepia|rainbow|pastel|neon|tinted"
-    r"|dark(?:er|est|ened|ness)?|bright(?:er|est|ly)?|dim(?:ly|med)?|pale(?:r|st)?|vivid(?:ly)?|faded)\b",
+    r"|(?:multi-?|tri|dis)?colou?r(?:s|ed|ful|fully|less)?|gr[ae]yscale|monochrom(?:e|atic)|sepia|rainbow|pastel|neon|tinted"
+    r"|dark(?:er|est|ened|ness)?|bright(?:er|est|ly|ened|ness)?|lighter|(?:sun|back)lit|dim(?:ly|med|mer)?|pale(?:r|st)?|vivid(?:ly)?|faded)\b",
     re.IGNORECASE,
 )
 

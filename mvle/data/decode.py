@@ -246,7 +246,8 @@ def _check_png(data: bytes, max_pixels: int) -> bool:
             raise DecodeError(f"a PNG damaged at byte {position}: no chunk begins there")
         if kind == b"IEND":
             return last
-        last = last and (kind in _TELLS_NOTHING or not pixels)
+        exif = kind == b"tEXt" and data[position + 8 : position + 13] == b"exif\0"  # which Pillow believes
+        last = last and ((kind in _TELLS_NOTHING and not exif) or not pixels)
         pixels = pixels or kind == b"IDAT"
         position += 12 + length
     raise DecodeError(f"a PNG cut off: it ends after {len(data)} bytes without its end mark")

@@ -7,7 +7,6 @@ under their names only when all of a pack is written.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from .files import is_url, temporary_beside
 from .index import index_path
 from .indexing import IMAGE_SUFFIXES
 from .left_out import left_out_lines
+from .locks import locked
 from .rows import Found, Row, RowOptions, check_splits, checked_split, without_captions
 from .rows_folder import read_folder
 from .rows_json import read_jsonl, read_karpathy
@@ -108,36 +108,32 @@ def pack(
 
 @contextmanager
 def _folder_of_its_own(folder: Path) -> Iterator[Path]:
-    """Where shards are until all are whole. A lock beside it, which goes with this process, says that it is at work: it
-    is held before there is a folder, and until there is none."""
+    """Where shards are until all are whole. A lock beside it says that this process is at work: it is held before there
+    is a folder, and until there is none."""
     place = temporary_beside(folder / _PACKING)
     lock = place.with_suffix(_LOCK)
-    with open(lock, "w") as held:
+    with ExitStack() as stack:
+        stack.callback(lock.unlink, missing_ok=True)
         with suppress(OSError):  # a file system without locks: then nobody sweeps there either
-            fcntl.flock(held, fcntl.LOCK_EX)
-        try:
-            place.mkdir()
-            yield place
-        finally:
-            shutil.rmtree(place)
-            lock.unlink(missing_ok=True)
+            stack.enter_context(locked(lock))
+            stack.callback(lock.unlink, missing_ok=True)  # while it is held
+        place.mkdir()
+        stack.callback(shutil.rmtree, place)
+        yield place
 
 
 def _sweep(folder: Path) -> list[Path]:
     """Remove what packs have left in a folder that were killed: (what was removed)."""
+    left = {path.with_suffix(_LOCK) for path in folder.glob(f".{_PACKING}.*") if path.suffix in (".tmp", _LOCK)}
     swept = []
-    for place in sorted(folder.glob(f".{_PACKING}.*.tmp")):
-        lock = place.with_suffix(_LOCK)
-        with ExitStack() as stack:
-            try:
-                fcntl.flock(stack.enter_context(open(lock, "r+")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except FileNotFoundError:
-                pass  # who made the folder is gone
-            except OSError:
-                continue  # at work, or a file system without locks
-            shutil.rmtree(place, ignore_errors=True)
-            lock.unlink(missing_ok=True)
-            swept.append(place)
+    for lock in sorted(left):
+        place = lock.with_suffix(".tmp")
+        with suppress(OSError), locked(lock, wait=False) as alone:  # no locks, or not ours to remove
+            if alone:
+                if place.is_dir():
+                    shutil.rmtree(place)
+                    swept.append(place)
+                lock.unlink()
     return swept
 
 

@@ -99,12 +99,14 @@ def test_what_was_opened_longest_ago_leaves_and_its_readers_keep_it(tmp_path: Pa
 def test_what_else_lies_in_the_folder_is_left_alone(tmp_path: Path, files: list[RemoteFile]) -> None:
     (tmp_path / "mine.txt").write_bytes(bytes(5 * SIZE))
     (tmp_path / "folder").mkdir()
+    (tmp_path / "download.part").write_bytes(b"half")
     cache = ShardCache(tmp_path, 2 * SIZE)
     for file in files:
         cache.open(file)
         time.sleep(0.01)
     assert (tmp_path / "mine.txt").stat().st_size == 5 * SIZE and (tmp_path / "folder").is_dir()
-    assert [name for name in kept(tmp_path) if name] == ["c.tar", "d.tar"]
+    assert (tmp_path / "download.part").read_bytes() == b"half"
+    assert [name for name in kept(tmp_path) if name.endswith(".tar")] == ["c.tar", "d.tar"]
 
 
 def test_only_one_at_a_time_makes_room(tmp_path: Path, files: list[RemoteFile]) -> None:

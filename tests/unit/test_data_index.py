@@ -233,8 +233,11 @@ def test_a_shard_named_twice_is_refused(tmp_path: Path) -> None:
             (f"a {word} thing", 2)
             for word in ["multi-coloured", "grayscale", "monochrome", "khaki", "aqua", "dark", "tanned"]
         ),
-        *((f"a {word} thing", 2) for word in ["brightly", "pale", "redheaded", "black-and-white", "navy-blue"]),
-        *((f"a {word} thing", 0) for word in ["blackboard", "discolor", "greenhouse", "bluebird", "standard", "light"]),
+        *(
+            (f"a {word} thing", 2)
+            for word in ["brightly", "blackened", "lighter", "pale", "redheaded", "black-and-white", "navy-blue"]
+        ),
+        *((f"a {word} thing", 0) for word in ["blackboard", "discord", "greenhouse", "bluebird", "standard", "light"]),
     ],
 )
 def test_flags_say_what_a_flip_would_spoil_and_what_names_a_colour(caption: str, flags: int) -> None:

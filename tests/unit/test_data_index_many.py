@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mvle.data import decode
 from mvle.data import index_many as module
 from mvle.data import indexing as indexing_module
 from mvle.data.__main__ import main
@@ -24,7 +25,7 @@ from mvle.data.tar import members
 from mvle.data.wds2idx import read_wds2idx, write_wds2idx
 
 from .data_files import encode, oriented, pair, picture, write_shard
-from .photos import forms, forms_for_torch
+from .photos import forms, forms_for_torch, png_chunk, tiff
 
 
 def shards(folder: Path, count: int, pairs: int = 3) -> list[Path]:
@@ -96,6 +97,16 @@ def test_a_header_tells_what_decoding_tells(form: str, orientation: int) -> None
         pytest.skip(f"{form} has no EXIF")
     data = encode(picture(), form) if orientation == 1 else oriented(picture(), orientation, form)
     assert identify_image(data) == examine_image(data)[0]
+
+
+def test_words_behind_the_pixels_of_a_png_do_not_make_it_be_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ImageMagick writes them. But for one that Pillow takes for EXIF."""
+    png = encode(picture(), "PNG")
+    worded, turned = (png[:-12] + png_chunk(b"tEXt", text) + png[-12:] for text in (b"date\0now", b"exif\0" + tiff(6)))
+    assert identify_image(turned) == examine_image(turned)[0] and identify_image(turned).orientation == 6
+    known = examine_image(worded)[0]
+    monkeypatch.setattr(decode, "examine_image", lambda *_: pytest.fail("it is decoded"))
+    assert identify_image(worded) == known
 
 
 @pytest.mark.parametrize("name", forms() | forms_for_torch())

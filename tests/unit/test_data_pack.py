@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 from pathlib import Path
@@ -81,7 +82,8 @@ def test_what_a_killed_pack_left_is_removed_and_another_that_is_at_work_is_not(s
     for place in (left, busy, older):
         place.mkdir()
         (place / ".train-00000.tar.89ab.tmp").write_bytes(bytes(99))
-    left.with_suffix(".lock").touch()
+    for name in (left.name, ".packing.cdef.tmp"):  # the second was killed before it had a folder
+        (folder / name).with_suffix(".lock").touch()
     with open(busy.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         report = packed(source, overwrite=True)
@@ -217,3 +219,17 @@ def test_a_sheet_says_which_image_is_bad_and_shows_the_others(tmp_path: Path) ->
     tiles = [bool(differ[left : left + 192].any()) for left in range(8, 808, 200)]
     assert tiles == [False, False, True, False]
     assert (torn[8:200, 408:600] == 255).all() and (torn[200:, 408:600] < 128).any()  # no picture, and its name
+
+
+def test_a_pack_that_cannot_begin_says_why_and_leaves_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = Path.mkdir
+
+    def full(self: Path, *given: Any, **named: Any) -> None:
+        if self.name.startswith(".packing"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        mkdir(self, *given, **named)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        packed(source)
+    assert list((source / "out").iterdir()) == []
