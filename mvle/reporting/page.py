@@ -56,8 +56,8 @@ svg .key.other{fill:var(--green)}
 .scroll{overflow-x:auto;margin:.8rem 0}
 table{border-collapse:separate;border-spacing:0;width:100%;font-variant-numeric:tabular-nums;font-size:.93rem}
 th,td{padding:.38rem .7rem;text-align:right;border-top:1px solid var(--line);white-space:nowrap}
-tr:first-child th{border-top:0;color:var(--soft);font-weight:600;font-size:.82rem}
-th:first-child,td:first-child{text-align:left;white-space:normal}
+tr:first-child th{border-top:0;color:var(--soft);font-weight:600;font-size:.82rem;white-space:normal}
+th:first-child,td:first-child{text-align:left;white-space:normal;min-width:10rem}
 .row{display:grid;grid-template-columns:repeat(5,1fr);gap:.4rem;max-width:44rem}
 .row figure{margin:0}
 .row figcaption{font-size:.74rem;color:var(--soft);line-height:1.25;min-height:2.5em;display:flex;align-items:end}
