@@ -65,17 +65,27 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     return examine_image(data, max_pixels)[1]
 
 
-def decode_window(data: bytes, window: Window | None, flip: bool, size: int, max_pixels: int = MAX_PIXELS) -> Pixels:
+def decode_window(
+    data: bytes,
+    window: Window | None,
+    flip: bool,
+    size: int,
+    max_pixels: int = MAX_PIXELS,
+    expected: ImageInfo | None = None,
+) -> Pixels:
     """A window of the image at size x size: uint8 [size, size, 3] RGB, contiguous.
 
     window = (y, x, height, width) in displayed pixels, inside the image; None: the largest centred square.
-    flip mirrors left and right afterwards. Raises DecodeError; ValueError for a window that leaves the image.
+    flip mirrors left and right afterwards. expected: what the image was when the window was chosen. Raises DecodeError,
+    also for another size or orientation than expected; ValueError for a window that leaves the image.
     """
-    return show_window(examine_image(data, max_pixels)[1], window, flip, size)
-
-
-def show_window(pixels: Pixels, window: Window | None, flip: bool, size: int) -> Pixels:
-    """A window of an upright image, as `decode_window` gives it. Raises ValueError for one that leaves the image."""
+    info, pixels = examine_image(data, max_pixels)
+    if expected is not None and (info.width, info.height) != (expected.width, expected.height):
+        raise DecodeError(
+            f"it has {info.width} x {info.height} pixels, and its index says {expected.width} x {expected.height}"
+        )
+    if expected is not None and info.orientation != expected.orientation:
+        raise DecodeError(f"its EXIF orientation is {info.orientation}, and its index says {expected.orientation}")
     pixels = crop(pixels, window)
     if pixels.shape[:2] != (size, size):
         pixels = _resize(pixels, size)

@@ -59,12 +59,12 @@ def dali_reads(image: Encoded) -> bool:
 
 
 class Stored(NamedTuple):
-    """How a displayed window is made from the image as it is stored: cut out, mirrored, and its axes exchanged."""
+    """How a displayed window is made from the image as it is stored: cut out, mirrored, and then its axes exchanged if
+    EXIF's orientation is 5 or more."""
 
     window: Window  # y, x, height, width in stored pixels
     horizontal: bool
     vertical: bool
-    turned: bool  # height and width exchanged, after the mirrors
 
 
 def stored(window: Window, flip: bool, info: ImageInfo) -> Stored:
@@ -77,8 +77,8 @@ def stored(window: Window, flip: bool, info: ImageInfo) -> Stored:
     if horizontal:
         x = info.width - x - width
     if info.orientation < 5:
-        return Stored((y, x, height, width), horizontal != flip, vertical, False)
-    return Stored((x, y, width, height), vertical, horizontal != flip, True)
+        return Stored((y, x, height, width), horizontal != flip, vertical)
+    return Stored((x, y, width, height), vertical, horizontal != flip)
 
 
 class _Flight(NamedTuple):
@@ -192,7 +192,7 @@ class DaliDecoder:
 
     def _take(self, images: Sequence[Encoded]) -> Tensor:
         """The pixels of the oldest images fed, uint8 [n, size, size, 3], complete. Raises RuntimeError."""
-        turned = [k for k, image in enumerate(images) if stored(image.window, image.flip, image.info).turned]
+        turned = [k for k, image in enumerate(images) if image.info.orientation >= 5]
         pipeline = self._pipeline
         (shown,) = pipeline.share_outputs()  # waits until DALI has written them
         with self._on_stream():

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .counts import Counts
-from .decode import DecodeError, ImageInfo, Pixels, Window, examine_image, show_window
+from .decode import DecodeError, ImageInfo, Pixels, Window, decode_window
 from .errors import DataError
 from .workers import Workers
 
@@ -87,14 +87,9 @@ class Decoder(Protocol):
 
 def decode_one(image: Encoded, size: int) -> Pixels:
     """uint8 [size, size, 3]. Raises DecodeError, also for another size or orientation than the index has."""
-    width, height = image.info.width, image.info.height
     # The index holds whatever passed the bound of its own day; the bytes are the same, so a larger one is no news.
-    info, pixels = examine_image(image.data, width * height)
-    if (info.width, info.height) != (width, height):
-        raise DecodeError(f"it has {info.width} x {info.height} pixels, and its index says {width} x {height}")
-    if info.orientation != image.info.orientation:
-        raise DecodeError(f"its EXIF orientation is {info.orientation}, and its index says {image.info.orientation}")
-    return show_window(pixels, image.window, image.flip, size)
+    most = image.info.width * image.info.height
+    return decode_window(image.data, image.window, image.flip, size, most, image.info)
 
 
 class Pieces:

@@ -116,7 +116,6 @@ def _folder_of_its_own(folder: Path) -> Iterator[Path]:
         stack.callback(lock.unlink, missing_ok=True)
         with suppress(OSError):  # a file system without locks: then nobody sweeps there either
             stack.enter_context(locked(lock))
-            stack.callback(lock.unlink, missing_ok=True)  # while it is held
         place.mkdir()
         stack.callback(shutil.rmtree, place)
         yield place

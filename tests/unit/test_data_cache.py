@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -274,23 +275,15 @@ def test_a_run_reads_through_the_cache_that_its_config_names(remote: str, tmp_pa
 def test_many_who_fetch_different_files_into_a_full_cache_all_read_right(
     tmp_path: Path, files: list[RemoteFile]
 ) -> None:
-    caches, wrong = [ShardCache(tmp_path, 2 * SIZE) for _ in range(4)], list[object]()
+    caches = [ShardCache(tmp_path, 2 * SIZE) for _ in range(4)]
 
     def read(k: int) -> None:
-        try:
-            for i in range(60):
-                which = (i * (k + 1) + k) % 4
-                if caches[k].open(files[which]).read(0, 2) != b"abcd"[which : which + 1] * 2:
-                    wrong.append(which)
-        except Exception as error:
-            wrong.append(error)
+        for i in range(60):
+            which = (i * (k + 1) + k) % 4
+            assert caches[k].open(files[which]).read(0, 2) == b"abcd"[which : which + 1] * 2
 
-    threads = [threading.Thread(target=read, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong, wrong[0]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
 
 
 def test_what_left_is_closed_when_the_next_is_opened(tmp_path: Path, files: list[RemoteFile]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvle.data import decoders
+from mvle.data import decode
 from mvle.data.bad_images import BadImageError, BadImages
 from mvle.data.batch import Batch
 from mvle.data.config import DataConfig, open_shards
@@ -160,8 +160,8 @@ def test_an_image_of_another_size_than_its_index_says_is_replaced_and_named(
 def test_an_image_may_be_as_large_as_its_index_allowed(
     shards: ShardSet, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    examined, examine = [], decoders.examine_image
-    monkeypatch.setattr(decoders, "examine_image", lambda *given: (examined.append(given[1]), examine(*given))[1])
+    examined, examine = [], decode.examine_image
+    monkeypatch.setattr(decode, "examine_image", lambda *given: (examined.append(given[1]), examine(*given))[1])
     loader_of(shards, tokenizer).load(0)
     assert examined == [24 * 32] * 12
 
